@@ -133,9 +133,7 @@ class TrainDecoderSection(TrainingSection):
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"`hidden_size` {self.hidden_size} is not a multiple of `num_heads` {self.num_heads}"
-            )
+            raise ValueError(f"`hidden_size` {self.hidden_size} is not a multiple of `num_heads` {self.num_heads}")
         return self
 
 
@@ -165,9 +163,7 @@ class TrainDitSection(TrainingSection):
         parts = 2 if self.model == "DiT-DH" else 1
         for key in ("hidden_size", "depth", "num_heads"):
             if len(getattr(self, key)) != parts:
-                raise ValueError(
-                    f"`{key}` needs {parts} number(s) for {self.model}, got {list(getattr(self, key))}"
-                )
+                raise ValueError(f"`{key}` needs {parts} number(s) for {self.model}, got {list(getattr(self, key))}")
         for hidden_size, num_heads in zip(self.hidden_size, self.num_heads, strict=True):
             if hidden_size % (4 * num_heads):
                 raise ValueError(
