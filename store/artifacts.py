@@ -1,0 +1,201 @@
+"""Artifacts in a workspace: found by recipe, begun, published once, named.
+
+WORKSPACE/objects/KIND/ID/manifest.json     published last; done means it exists
+WORKSPACE/objects/KIND/ID/started.json      name and recipe of work that has begun
+WORKSPACE/objects/KIND/ID/...               payload: latents' parts, or attempts/RANDOM/ for every other kind
+WORKSPACE/refs/KIND/NAME.json               mutable name -> id
+"""
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rae.store.errors import ConfigError, CorruptData, MissingInput, StaleInput
+from rae.store.manifest import KINDS, Json, Manifest, differing_fields, recipe_id
+from rae.store.publish import publish_bytes, replace_bytes
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_ID = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published artifact: its folder and what it says of itself."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def kind(self) -> str:
+        return self.manifest.kind
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+    @property
+    def payload(self) -> Path:
+        """The folder of the payload: the winning attempt's, or the artifact's own (latents, shards at a path)."""
+        for entry in self.manifest.files:
+            parts = Path(entry["path"]).parts
+            if parts[0] == "attempts":
+                return self.folder / parts[0] / parts[1]
+        return self.folder
+
+    def as_input(self) -> Json:
+        """How this artifact stands in the `inputs` of what is made from it."""
+        return {"kind": self.kind, "id": self.id, "content": self.manifest.content}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Begun and unfinished: where an attempt writes, and the earlier attempts it can take over from."""
+
+    kind: str
+    name: str
+    recipe: Json
+    folder: Path
+    attempt: Path
+    earlier: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """Work that was begun under a name and has not been published."""
+
+    kind: str
+    id: str
+    name: str
+    recipe: Json
+    folder: Path
+
+
+class Workspace:
+    """A folder of artifacts. Reading writes nothing below it."""
+
+    def __init__(self, root: str | Path) -> None:
+        if "://" in str(root):
+            raise ConfigError(f"the workspace {root} is a URL; this version keeps workspaces in local folders")
+        self.root = Path(root)
+
+    def folder(self, kind: str, id: str) -> Path:
+        return self.root / "objects" / kind / id
+
+    # ---- finding -----------------------------------------------------------------------------------------------
+
+    def find(self, kind: str, recipe: Mapping[str, Any]) -> Artifact | None:
+        """The artifact of exactly this recipe, or None."""
+        folder = self.folder(kind, recipe_id(recipe))
+        if not (folder / "manifest.json").is_file():
+            return None
+        artifact = read_artifact(folder)
+        fields = list(differing_fields(recipe, artifact.manifest.recipe))
+        if fields:
+            raise CorruptData(f"{folder} answers to this recipe's id with another recipe ({'; '.join(fields)})")
+        return artifact
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """Every published artifact, by kind and id."""
+        for kind in KINDS:
+            for manifest in sorted(self.root.glob(f"objects/{kind}/*/manifest.json")):
+                yield read_artifact(manifest.parent)
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        """Everything begun and not published."""
+        for started in sorted(self.root.glob("objects/*/*/started.json")):
+            if not (started.parent / "manifest.json").exists():
+                value = json.loads(started.read_bytes())
+                kind, id = started.parts[-3], started.parts[-2]
+                yield Unfinished(kind, id, value["name"], value["recipe"], started.parent)
+
+    def resolve(self, ref: str, kind: str | None = None) -> Artifact:
+        """The artifact a REF means: `KIND/NAME`, `KIND/ID`, a path, or a bare name or id if it is unique."""
+        if (Path(ref) / "manifest.json").is_file():
+            found = [read_artifact(Path(ref))]
+        else:
+            head, _, tail = ref.partition("/")
+            kinds, name = ((head,), tail) if tail and head in KINDS else ((kind,) if kind else KINDS, ref)
+            found = [artifact for one in kinds if (artifact := self._named(one, name))]
+        if not found:
+            raise MissingInput(f"no {kind or 'artifact'} `{ref}` in the workspace {self.root}", "rae status")
+        if len(found) > 1:
+            kinds_found = ", ".join(f"{artifact.kind}/{ref}" for artifact in found)
+            raise ConfigError(f"`{ref}` is ambiguous; say which of {kinds_found} is meant")
+        if kind and found[0].kind != kind:
+            raise StaleInput(f"`{ref}` is of kind {found[0].kind}, and {kind} is needed here")
+        return found[0]
+
+    def _named(self, kind: str, name: str) -> Artifact | None:
+        if not _NAME.fullmatch(name):
+            return None
+        ref = self.root / "refs" / kind / f"{name}.json"
+        id = json.loads(ref.read_bytes())["id"] if ref.is_file() else name
+        if not _ID.fullmatch(str(id)):
+            return None
+        folder = self.folder(kind, id)
+        return read_artifact(folder) if (folder / "manifest.json").is_file() else None
+
+    # ---- making ------------------------------------------------------------------------------------------------
+
+    def begin(self, kind: str, name: str, recipe: Json, inputs: Mapping[str, Json], restart: bool = False) -> Work:
+        """Start or continue the work of a recipe.
+
+        `StaleInput` when other work is unfinished under the same name (unless `restart`, which drops it), or when an
+        input's content has changed since this work began.
+        """
+        check_name(name)
+        id = recipe_id(recipe)
+        for other in self.unfinished():
+            if other.kind == kind and other.name == name and other.id != id:
+                if not restart:
+                    fields = "; ".join(differing_fields(recipe, other.recipe))
+                    raise StaleInput(f"unfinished {kind} `{name}` was begun with other settings ({fields})")
+                shutil.rmtree(other.folder)
+        folder = self.folder(kind, id)
+        folder.mkdir(parents=True, exist_ok=True)
+        started = {"name": name, "recipe": recipe, "inputs": dict(inputs)}
+        if not publish_bytes(folder / "started.json", json.dumps(started, indent=1, sort_keys=True).encode()):
+            before = json.loads((folder / "started.json").read_bytes())["inputs"]
+            if fields := "; ".join(differing_fields(dict(inputs), before)):
+                raise StaleInput(f"an input of the unfinished {kind} `{name}` has changed since it began ({fields})")
+        attempts = sorted(folder.glob("attempts/*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        attempt = folder
+        if kind != "latents":  # latents' parts are shared by all who write them: each part is published for itself
+            attempt = folder / "attempts" / secrets.token_hex(4)
+            attempt.mkdir(parents=True)
+        return Work(kind, name, recipe, folder, attempt, tuple(attempts))
+
+    def publish(self, work: Work, manifest: Manifest) -> Artifact:
+        """Publish what `work` made, or adopt what somebody else published first; the name then points to it."""
+        publish_bytes(work.folder / "manifest.json", manifest.to_json())
+        artifact = self.find(work.kind, work.recipe)
+        if artifact is None:
+            raise CorruptData(f"{work.folder}/manifest.json vanished right after it was published")
+        self.name(artifact, work.name)
+        return artifact
+
+    def name(self, artifact: Artifact, name: str) -> None:
+        """Let `KIND/NAME` mean this artifact."""
+        check_name(name)
+        ref = self.root / "refs" / artifact.kind / f"{name}.json"
+        data = json.dumps({"id": artifact.id}).encode()
+        if not ref.is_file() or ref.read_bytes() != data:
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            replace_bytes(ref, data)
+
+
+def check_name(name: str) -> None:
+    """Refuse names that could lead out of the workspace or be taken for an id."""
+    if not _NAME.fullmatch(name) or _ID.fullmatch(name):
+        raise ConfigError(f"`{name}` can't be a name: letters, digits, '.', '_', '-', up to 100, not 16 hex digits")
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Read the manifest in `folder`; `CorruptData` if it does not hold."""
+    where = folder / "manifest.json"
+    return Artifact(folder, Manifest.from_json(where.read_bytes(), str(where)))

@@ -1,0 +1,101 @@
+"""What an artifact says of itself: recipe, content, lineage, files, and how its id follows from its recipe."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Self
+
+from rae.store.errors import CorruptData
+
+SCHEMA = 1
+KINDS = ("shards", "latents", "decoder", "dit", "samples", "reference", "scores")
+
+Json = dict[str, Any]
+
+
+def canonical(value: Any) -> bytes:
+    """The one spelling of a JSON value that digests are taken over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+
+
+def recipe_id(recipe: Mapping[str, Any]) -> str:
+    """An artifact's id: the first 16 hex digits of the sha256 of its canonical recipe."""
+    return hashlib.sha256(canonical(recipe)).hexdigest()[:16]
+
+
+def differing_fields(asked: Any, found: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted fields in which two recipes differ, as sentences `field: found X, asked Y`."""
+    if isinstance(asked, Mapping) and isinstance(found, Mapping):
+        for key in sorted(asked.keys() | found.keys()):
+            yield from differing_fields(asked.get(key), found.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif asked != found:
+        yield f"{prefix}: found {_short(found)}, asked {_short(asked)}"
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The published description of an artifact.
+
+    `inputs` maps a role to {kind, id, content}; `files` lists {path, bytes, sha256} relative to the artifact's folder;
+    `metrics` are the numbers a person wants; `provenance` is what does not change the result.
+    """
+
+    kind: str
+    name: str
+    recipe: Json
+    content: str
+    inputs: dict[str, Json]
+    config: Json
+    files: list[Json]
+    metrics: Json
+    provenance: Json = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def id(self) -> str:
+        return recipe_id(self.recipe)
+
+    def to_json(self) -> bytes:
+        return (json.dumps({**asdict(self), "id": self.id}, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Self:
+        """Read an untrusted manifest; `CorruptData` says what in it does not hold."""
+        try:
+            value = json.loads(data)
+        except ValueError as error:
+            raise CorruptData(f"{where} is not JSON ({error})") from error
+        fields = {"kind": str, "name": str, "recipe": dict, "content": str, "inputs": dict, "config": dict}
+        fields |= {"files": list, "metrics": dict, "provenance": dict, "schema": int, "id": str}
+        if not isinstance(value, dict) or set(value) != set(fields):
+            raise CorruptData(f"{where} is not a manifest: its fields must be {', '.join(sorted(fields))}")
+        for key, kind in fields.items():
+            if not isinstance(value[key], kind):
+                raise CorruptData(f"{where}: `{key}` must be {kind.__name__}")
+        if value["schema"] > SCHEMA:
+            raise CorruptData(f"{where} has schema {value['schema']}; this version of rae reads up to {SCHEMA}")
+        if value["kind"] not in KINDS:
+            raise CorruptData(f"{where}: `kind` is {value['kind']!r}, not one of {', '.join(KINDS)}")
+        claimed = value.pop("id")
+        manifest = cls(**value)
+        if manifest.id != claimed:
+            raise CorruptData(f"{where}: its recipe gives the id {manifest.id}, not {claimed}")
+        for entry in manifest.files:
+            _check_file_entry(entry, where)
+        return manifest
+
+
+def _check_file_entry(entry: Any, where: str) -> None:
+    good = isinstance(entry, dict) and isinstance(entry.get("path"), str) and isinstance(entry.get("bytes"), int)
+    if not good or not isinstance(entry.get("sha256"), str):
+        raise CorruptData(f"{where}: every entry of `files` needs path, bytes and sha256")
+    path = PurePosixPath(entry["path"])
+    if path.is_absolute() or ".." in path.parts or "\\" in entry["path"]:
+        raise CorruptData(f"{where}: the file path {entry['path']!r} leads out of the artifact")
