@@ -72,8 +72,8 @@ class Manifest:
             value = json.loads(data)
         except ValueError as error:
             raise CorruptData(f"{where} is not JSON ({error})") from error
-        fields = {"kind": str, "name": str, "recipe": dict, "content": str, "inputs": dict, "config": dict}
-        fields |= {"files": list, "metrics": dict, "provenance": dict, "schema": int, "id": str}
+        fields: dict[str, type] = {"kind": str, "name": str, "recipe": dict, "content": str, "inputs": dict}
+        fields |= {"config": dict, "files": list, "metrics": dict, "provenance": dict, "schema": int, "id": str}
         if not isinstance(value, dict) or set(value) != set(fields):
             raise CorruptData(f"{where} is not a manifest: its fields must be {', '.join(sorted(fields))}")
         for key, kind in fields.items():

@@ -1,0 +1,143 @@
+"""Configuration: a preset or a YAML file, plus dotted overrides, validated whole before anything is loaded."""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from rae.stages.sections import (
+    EncodeSection,
+    EvaluateSection,
+    SampleSection,
+    Section,
+    ShardsSection,
+    TrainDecoderSection,
+    TrainDitSection,
+)
+from rae.store.artifacts import check_name
+from rae.store.errors import ConfigError, MissingInput
+
+
+class PipelineConfig(Section):
+    """One YAML file: a name and a section per stage. A stage without a section is not part of the pipeline."""
+
+    name: str
+    description: str = ""
+    shards: ShardsSection = Field(default_factory=ShardsSection)
+    encode: EncodeSection | None = None
+    train_decoder: TrainDecoderSection | None = None
+    train_dit: TrainDitSection | None = None
+    sample: SampleSection | None = None
+    evaluate: EvaluateSection | None = None
+
+
+def presets() -> list[str]:
+    """Names of the configurations that come with rae."""
+    root = resources.files("rae.configs")
+    names = [entry.name for entry in root.iterdir() if entry.name.endswith(".yaml")]
+    return sorted(name.removesuffix(".yaml") for name in names)
+
+
+def read_text(config: str) -> str:
+    """The YAML text of a preset's name or of a file."""
+    path = Path(config)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise MissingInput(f"there is no configuration file {config}", "rae config ls") from None
+        except OSError as error:
+            raise MissingInput(f"the configuration file {config} cannot be read ({error.strerror})") from None
+    if config not in presets():
+        guess = closest(config, presets())
+        raise ConfigError(f"there is no preset or file `{config}`{guess}", "rae config ls")
+    return resources.files("rae.configs").joinpath(f"{config}.yaml").read_text(encoding="utf-8")
+
+
+def load(config: str, overrides: list[str] | None = None) -> PipelineConfig:
+    """Read, override and validate a configuration; `ConfigError` names every key that is wrong."""
+    try:
+        value = yaml.safe_load(read_text(config))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{config} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{config} must hold a mapping with a `name` and a section per stage")
+    for override in overrides or []:
+        _apply(value, override)
+    try:
+        settings = PipelineConfig.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, config)) from None
+    check_name(settings.name)
+    return settings
+
+
+def _apply(value: dict[str, Any], override: str) -> None:
+    """Set one dotted key, `train_dit.lr=1e-3`; the value is read as YAML."""
+    dotted, separator, text = override.partition("=")
+    keys = [key.replace("-", "_") for key in dotted.strip().split(".")]
+    if not separator or not all(keys):
+        raise ConfigError(f"`-s {override}` is not of the form key=value, such as -s train_dit.lr=1e-3")
+    node = value
+    for key in keys[:-1]:
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+        if not isinstance(node, dict):
+            raise ConfigError(f"`-s {override}`: `{key}` is a value, not a section")
+    try:
+        node[keys[-1]] = _number_or(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise ConfigError(f"`-s {override}`: {text!r} is not a YAML value") from None
+
+
+def _number_or(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError, config: str) -> str:
+    """Every fault of a configuration in one sentence, with the closest match for an unknown key."""
+    faults = []
+    for fault in error.errors():
+        keys = [str(key) for key in fault["loc"]]
+        dotted = ".".join(keys)
+        if fault["type"] == "extra_forbidden":
+            faults.append(f"unknown key `{dotted}`{closest(keys[-1], _fields_at(keys[:-1]))}")
+        elif fault["type"] == "missing":
+            faults.append(f"`{dotted}` is missing")
+        elif fault["type"] == "value_error":
+            faults.append(f"in `{dotted}`, {fault['ctx']['error']}")
+        else:
+            message = fault["msg"][0].lower() + fault["msg"][1:]
+            faults.append(f"`{dotted}` is {fault['input']!r}: {message}")
+    return f"{config}: " + "; ".join(dict.fromkeys(faults))
+
+
+def _fields_at(keys: list[str]) -> list[str]:
+    """The known keys of the section that the dotted path leads to."""
+    model: type[Section] = PipelineConfig
+    for key in keys:
+        annotation = model.model_fields[key].annotation if key in model.model_fields else None
+        options = getattr(annotation, "__args__", (annotation,))
+        model = next((one for one in options if isinstance(one, type) and issubclass(one, Section)), model)
+    return list(model.model_fields)
+
+
+def closest(word: str, known: list[str]) -> str:
+    """` (did you mean `X`?)` for the closest known word, or nothing."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean `{match[0]}`?)" if match else ""
+
+
+def to_yaml(settings: PipelineConfig) -> str:
+    """The whole configuration with every default written out."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
