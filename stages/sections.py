@@ -68,7 +68,7 @@ class EncodeSection(Section):
     or local folder, or `timm:NAME` with `weights` naming its file.
     """
 
-    encoder: str = "facebook/dinov2-with-registers-base"
+    encoder: Path = "facebook/dinov2-with-registers-base"  # where it lies; the recipe holds its weights' digests
     weights: Path | None = None
     feature_index: Annotated[int, Field(ge=0)] | None = None
     image_size: Positive = 256
@@ -140,9 +140,10 @@ class TrainDecoderSection(TrainingSection):
 class TrainDitSection(TrainingSection):
     """The diffusion transformer and its transport (paper, sections 4 and 5). DiTDH-S by default.
 
-    For `DiT-DH`, `hidden_size`, `depth` and `num_heads` are pairs: body, head. For `LightningDiT` one number each.
+    It trains on the latents that this configuration encodes, or on those that the REF `latents` names. For `DiT-DH`, `hidden_size`, `depth` and `num_heads` are pairs: body, head. For `LightningDiT` one number each.
     """
 
+    latents: Path | None = None
     model: Literal["DiT-DH", "LightningDiT"] = "DiT-DH"
     hidden_size: tuple[Positive, ...] = (384, 2048)
     depth: tuple[Positive, ...] = (12, 2)
@@ -174,8 +175,13 @@ class TrainDitSection(TrainingSection):
 
 
 class SampleSection(Section):
-    """How latents are drawn from the transformer and decoded. Without `classes`, labels are balanced."""
+    """How latents are drawn from the transformer and decoded. Without `classes`, labels are balanced.
 
+    `dit` and `decoder` are REFs to others than this configuration trains.
+    """
+
+    dit: Path | None = None
+    decoder: Path | None = None
     num_images: Positive = 50_000
     classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     seed: int = 0
