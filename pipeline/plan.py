@@ -170,6 +170,11 @@ class Pipeline:
                 )
         return artifact
 
+    def decoder(self) -> Artifact:
+        """The decoder of samples and reconstructions: the one that `sample` names, or this pipeline's own."""
+        ref = self.config.sample.decoder if self.config.sample is not None else None
+        return self.workspace.resolve(ref, "decoder") if ref else self.need("train_decoder")
+
     def encoding(self) -> Json:
         """The settings that latents follow from."""
         return {"encode": self.section("encode", EncodeSection).recipe()}
@@ -251,11 +256,8 @@ def _train_dit(pipeline: Pipeline) -> Task:
 
 def _sample(pipeline: Pipeline) -> Task:
     section = pipeline.section("sample", SampleSection)
-    named = {"dit": (section.dit, "train_dit"), "decoder": (section.decoder, "train_decoder")}
-    inputs = {
-        role: pipeline.workspace.resolve(ref, role) if ref else pipeline.need(stage)
-        for role, (ref, stage) in named.items()
-    }
+    dit = pipeline.workspace.resolve(section.dit, "dit") if section.dit else pipeline.need("train_dit")
+    inputs = {"dit": dit, "decoder": pipeline.decoder()}
     recipe = _recipe("sample", {"sample": section.recipe()}, inputs)
 
     def run(job: Job) -> Result:
@@ -274,7 +276,7 @@ def _evaluate(pipeline: Pipeline) -> Task:
             f"`{pipeline.config.name}` holds no images out to score against",
             pipeline.command("evaluate") + " -s shards.val_fraction=0.1",
         )
-    inputs = {"decoder": pipeline.need("train_decoder")}
+    inputs = {"decoder": pipeline.decoder()}
     if pipeline.config.sample is not None:
         inputs["samples"] = pipeline.need("sample")
     extractor = locate_encoder(section.extractor, section.extractor_weights)

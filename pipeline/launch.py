@@ -1,0 +1,28 @@
+"""Where a stage runs: the only place that knows of devices and processes."""
+
+from rae.store.errors import ConfigError
+from rae.store.manifest import Json
+
+
+def device(asked: str) -> str:
+    """The device that `--device` means; `auto` takes CUDA where there is one, else the CPU."""
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {asked}: torch finds no CUDA device on this machine")
+    if asked == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: torch finds no Metal device on this machine")
+    try:
+        return str(torch.device(asked))
+    except RuntimeError:
+        raise ConfigError(f"--device {asked} is not a device; say cpu, cuda, cuda:1 or mps") from None
+
+
+def provenance(device: str) -> Json:
+    """What of this machine a reader of the manifest may want to know."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
+    return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -1,0 +1,193 @@
+"""Is it done? -> run -> verify -> publish. The same four steps for every stage."""
+
+import datetime
+import errno
+import hashlib
+import platform
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+
+from rae.pipeline import launch
+from rae.pipeline.console import Console
+from rae.pipeline.plan import STAGES, Pipeline, Stage, Task
+from rae.stages.job import Job, Result
+from rae.store.artifacts import Artifact, Work
+from rae.store.errors import ConfigError, CorruptData, Interrupted, MissingInput, PartialResult
+from rae.store.manifest import Json, Manifest
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, whatever is run."""
+
+    restart: bool = False
+    device: str = "auto"
+    console: Console = field(default_factory=Console)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A stage that is done: its artifact, and whether it was there already."""
+
+    artifact: Artifact
+    reused: bool
+
+    def to_json(self) -> Json:
+        manifest = self.artifact.manifest
+        where = str(self.artifact.folder)
+        return {"kind": manifest.kind, "id": manifest.id, "content": manifest.content, "path": where} | {
+            "reused": self.reused,
+            "metrics": manifest.metrics,
+        }
+
+
+def run_stages(pipeline: Pipeline, stages: list[Stage], options: Options) -> list[Outcome]:
+    """Run what is missing of `stages`, in order."""
+    return [run_stage(pipeline, stage, options) for stage in stages]
+
+
+def run_verb(pipeline: Pipeline, name: str, options: Options) -> Outcome:
+    """Run one stage, and before it the cheap preparation that it implies."""
+    stage = STAGES[name]
+    if stage not in pipeline.stages:
+        raise ConfigError(f"the configuration `{pipeline.config.name}` has no section `{name}`")
+    order = list(STAGES)
+    before = [one for one in pipeline.stages if one.implied and order.index(one.name) < order.index(name)]
+    # Of the preparation, samples are drawn for their scores alone.
+    before = [one for one in before if one.name == "shards" or name == "evaluate"]
+    for one in before:
+        run_stage(pipeline, one, options)
+    return run_stage(pipeline, stage, options)
+
+
+def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
+    """Find the stage's artifact or make it."""
+    workspace, console = pipeline.workspace, options.console
+    try:
+        task = pipeline.task(stage.name)
+        found = workspace.find(stage.kind, task.recipe)
+        if found is not None:
+            workspace.name(found, pipeline.config.name)
+            console.reused(stage.verb, found)
+            return Outcome(found, reused=True)
+        console.begins(stage.verb)
+        inputs = {role: artifact.as_input() for role, artifact in task.inputs.items()}
+        work = workspace.begin(stage.kind, pipeline.config.name, task.recipe, inputs, options.restart)
+        artifact = _run(task, work, options)
+    except OSError as error:
+        raise _explained(error, stage) from error
+    workspace.name(artifact, pipeline.config.name)
+    console.done(stage.verb, artifact)
+    return Outcome(artifact, reused=False)
+
+
+def _run(task: Task, work: Work, options: Options) -> Artifact:
+    started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+    device = launch.device(options.device)
+    with options.console.progress(task.stage.verb) as progress, _signals() as stop:
+        job = Job(
+            folder=work.attempt,
+            earlier=work.earlier,
+            progress=progress,
+            stopping=lambda: stop.signal is not None,
+            check_stop=stop.check,
+            device=device,
+        )
+        result = task.run(job)
+    seconds = round(time.monotonic() - clock, 2)
+    manifest = Manifest(
+        kind=work.kind,
+        name=work.name,
+        recipe=work.recipe,
+        content=result.content,
+        inputs={role: artifact.as_input() for role, artifact in task.inputs.items()},
+        config=work.recipe["config"],
+        files=_files(work, result),
+        metrics={"seconds": seconds, **result.metrics},
+        provenance={
+            "created": started.isoformat(timespec="seconds"),
+            "command": shlex.join(["rae", *sys.argv[1:]]),
+            "rae": metadata.version("rae-pipeline"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            **launch.provenance(device),
+        },
+    )
+    options.console.publishing()
+    from rae.store.artifacts import Workspace
+
+    return Workspace(work.folder.parents[2]).publish(work, manifest)
+
+
+def _files(work: Work, result: Result) -> list[Json]:
+    """Digest the payload as it lies on the disk; a file that a stage claims and did not write is an error."""
+    entries = []
+    for path in sorted(result.files):
+        if not path.is_file():
+            raise CorruptData(f"the stage said it wrote {path}, and it is not there")
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        relative = path.relative_to(work.folder).as_posix()
+        entries.append({"path": relative, "bytes": path.stat().st_size, "sha256": digest})
+    return entries
+
+
+class _Stop:
+    """Which signal asked us to stop, if any."""
+
+    signal: int | None = None
+
+    def check(self) -> None:
+        again = shlex.join(["rae", *sys.argv[1:]])
+        if self.signal == signal.SIGINT:
+            raise Interrupted("interrupted; what is done is kept", again)
+        if self.signal is not None:
+            raise PartialResult("stopped by SIGTERM; what is done is kept", again)
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Turn the first Ctrl-C or SIGTERM into a request that stages honour where nothing is lost; the second kills."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():  # rae.run() from a notebook's worker, say
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.signal = number
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _explained(error: OSError, stage: Stage) -> Exception:
+    """An operating system's error in a person's words."""
+    where = error.filename or "a file"
+    again = shlex.join(["rae", *sys.argv[1:]])
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return PartialResult(f"the disk is full: {stage.verb} could not write {where}; free space and continue", again)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return MissingInput(f"{stage.verb} may not read or write {where} ({error.strerror})")
+    return error
+
+
+def payload_bytes(artifact: Artifact) -> int:
+    """Bytes of an artifact on the disk, checkpoints and all."""
+    return sum(path.stat().st_size for path in Path(artifact.folder).rglob("*") if path.is_file())
