@@ -3,7 +3,7 @@
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError
@@ -19,6 +19,8 @@ from rae.stages.sections import (
 )
 from rae.store.artifacts import check_name
 from rae.store.errors import ConfigError, MissingInput
+
+S = TypeVar("S", bound=Section)
 
 
 class PipelineConfig(Section):
@@ -67,12 +69,17 @@ def load(config: str, overrides: list[str] | None = None) -> PipelineConfig:
         raise ConfigError(f"{config} must hold a mapping with a `name` and a section per stage")
     for override in overrides or []:
         _apply(value, override)
-    try:
-        settings = PipelineConfig.model_validate(value)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, config)) from None
+    settings = validated(PipelineConfig, value, config)
     check_name(settings.name)
     return settings
+
+
+def validated(model: type[S], value: dict[str, Any], where: str) -> S:
+    """The typed section, or `ConfigError` naming every key that is wrong."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, model, where)) from None
 
 
 def _apply(value: dict[str, Any], override: str) -> None:
@@ -104,14 +111,14 @@ def _number_or(value: Any) -> Any:
     return value
 
 
-def _explain(error: ValidationError, config: str) -> str:
+def _explain(error: ValidationError, model: type[Section], where: str) -> str:
     """Every fault of a configuration in one sentence, with the closest match for an unknown key."""
     faults = []
     for fault in error.errors():
         keys = [str(key) for key in fault["loc"]]
         dotted = ".".join(keys)
         if fault["type"] == "extra_forbidden":
-            faults.append(f"unknown key `{dotted}`{closest(keys[-1], _fields_at(keys[:-1]))}")
+            faults.append(f"unknown key `{dotted}`{closest(keys[-1], _fields_at(model, keys[:-1]))}")
         elif fault["type"] == "missing":
             faults.append(f"`{dotted}` is missing")
         elif fault["type"] == "value_error":
@@ -119,12 +126,11 @@ def _explain(error: ValidationError, config: str) -> str:
         else:
             message = fault["msg"][0].lower() + fault["msg"][1:]
             faults.append(f"`{dotted}` is {fault['input']!r}: {message}")
-    return f"{config}: " + "; ".join(dict.fromkeys(faults))
+    return f"{where}: " + "; ".join(dict.fromkeys(faults))
 
 
-def _fields_at(keys: list[str]) -> list[str]:
+def _fields_at(model: type[Section], keys: list[str]) -> list[str]:
     """The known keys of the section that the dotted path leads to."""
-    model: type[Section] = PipelineConfig
     for key in keys:
         annotation = model.model_fields[key].annotation if key in model.model_fields else None
         options = getattr(annotation, "__args__", (annotation,))

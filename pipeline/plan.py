@@ -10,6 +10,7 @@
 Nothing here loads torch: whether work is done is a question of digests alone.
 """
 
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from rae.stages.sections import (
     EvaluateSection,
     SampleSection,
     Section,
+    ShardsSection,
     TrainDecoderSection,
     TrainDitSection,
 )
@@ -74,10 +76,10 @@ class Task:
 class Pipeline:
     """A configuration in a workspace, asked stage by stage."""
 
-    def __init__(self, config: PipelineConfig, workspace: Workspace, source: str) -> None:
+    def __init__(self, config: PipelineConfig, workspace: Workspace, words: list[str]) -> None:
         self.config = config
         self.workspace = workspace
-        self.source = source  # how the person named the configuration, for the commands that messages suggest
+        self.words = words  # how the person named the configuration, for the commands that messages suggest
 
     @property
     def stages(self) -> list[Stage]:
@@ -113,7 +115,7 @@ class Pipeline:
         return found
 
     def command(self, verb: str) -> str:
-        return f"rae {verb} {self.source} -w {self.workspace.root}"
+        return shlex.join(["rae", verb, *self.words, "-w", str(self.workspace.root)])
 
     # ---- what several stages need ------------------------------------------------------------------------------
 
@@ -201,10 +203,10 @@ def _recipe(stage: str, config: Json, inputs: dict[str, Artifact] | None = None,
 # ---- one function a stage: its recipe, its inputs, and the call ----------------------------------------------------
 
 
-def _shards(pipeline: Pipeline) -> Task:
+def shards_task(section: ShardsSection) -> Task:
+    """Converting a source to shards needs no pipeline around it."""
     from rae.stages import shards
 
-    section = pipeline.config.shards
     recipe = _recipe("shards", {"shards": section.recipe()}, source=shards.source_digest(section))
     return Task(STAGES["shards"], recipe, {}, lambda job: shards.run(section, job))
 
@@ -293,7 +295,7 @@ def _evaluate(pipeline: Pipeline) -> Task:
 
 
 _TASKS: dict[str, Callable[[Pipeline], Task]] = {
-    "shards": _shards,
+    "shards": lambda pipeline: shards_task(pipeline.config.shards),
     "encode": _encode,
     "train_decoder": _train_decoder,
     "train_dit": _train_dit,

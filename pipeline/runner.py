@@ -18,11 +18,14 @@ from types import FrameType
 
 from rae.pipeline import launch
 from rae.pipeline.console import Console
-from rae.pipeline.plan import STAGES, Pipeline, Stage, Task
+from rae.pipeline.plan import STAGES, Pipeline, Stage, Task, shards_task
 from rae.stages.job import Job, Result
-from rae.store.artifacts import Artifact, Work
-from rae.store.errors import ConfigError, CorruptData, Interrupted, MissingInput, PartialResult
-from rae.store.manifest import Json, Manifest
+from rae.stages.models.encoders import encoder_geometry
+from rae.stages.sections import ShardsSection
+from rae.store.artifacts import Artifact, Work, read_artifact
+from rae.store.errors import ConfigError, CorruptData, Interrupted, MissingInput, PartialResult, StaleInput
+from rae.store.manifest import Json, Manifest, canonical, differing_fields
+from rae.store.publish import publish_bytes
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,52 @@ def run_verb(pipeline: Pipeline, name: str, options: Options) -> Outcome:
     return run_stage(pipeline, stage, options)
 
 
+def between(pipeline: Pipeline, first: str | None, last: str | None) -> list[Stage]:
+    """The pipeline's stages from `first` to `last`, both included; verbs or section names."""
+    names = [stage.name for stage in pipeline.stages]
+    bounds = []
+    for word, default in ((first, 0), (last, len(names) - 1)):
+        name = (word or "").replace("-", "_")
+        if word and name not in names:
+            known = ", ".join(stage.verb for stage in pipeline.stages)
+            raise ConfigError(f"`{word}` is not a stage of `{pipeline.config.name}`; its stages are {known}")
+        bounds.append(names.index(name) if word else default)
+    return pipeline.stages[bounds[0] : bounds[1] + 1]
+
+
+def preflight(pipeline: Pipeline) -> None:
+    """Refuse, before the first stage, what the last would refuse: a transformer narrower than a token."""
+    config = pipeline.config
+    if config.encode is None or config.train_dit is None or config.train_dit.latents is not None:
+        return
+    token_dim, _ = encoder_geometry(
+        pipeline.encoder_files,
+        config.encode.encoder_input_size or config.encode.image_size,
+        config.encode.feature_index,
+    )
+    check_width(config.train_dit, token_dim)
+
+
+def convert(section: ShardsSection, out: str, options: Options) -> Outcome:
+    """`rae shards SOURCE OUT`: shards in a folder of the person's choice, found again like any artifact."""
+    task, folder = shards_task(section), Path(out)
+    if (folder / "manifest.json").is_file():
+        found = read_artifact(folder)
+        if fields := "; ".join(differing_fields(task.recipe, found.manifest.recipe)):
+            raise StaleInput(f"{folder} already holds other shards ({fields})", "choose another OUT folder")
+        options.console.reused("shards", found)
+        return Outcome(found, reused=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not (folder / "started.json").exists():
+        raise ConfigError(f"{folder} is not empty, and rae did not begin it; choose another OUT folder")
+    publish_bytes(folder / "started.json", canonical({"recipe": task.recipe}))
+    work = Work("shards", "shards", task.recipe, folder, folder, ())
+    publish_bytes(folder / "manifest.json", _run(task, work, options).to_json())
+    made = read_artifact(folder)
+    options.console.done("shards", made)
+    return Outcome(made, reused=False)
+
+
 def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
     """Find the stage's artifact or make it."""
     workspace, console = pipeline.workspace, options.console
@@ -82,15 +131,14 @@ def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
         console.begins(stage.verb)
         inputs = {role: artifact.as_input() for role, artifact in task.inputs.items()}
         work = workspace.begin(stage.kind, pipeline.config.name, task.recipe, inputs, options.restart)
-        artifact = _run(task, work, options)
+        artifact = workspace.publish(work, _run(task, work, options))
     except OSError as error:
         raise _explained(error, stage) from error
-    workspace.name(artifact, pipeline.config.name)
     console.done(stage.verb, artifact)
     return Outcome(artifact, reused=False)
 
 
-def _run(task: Task, work: Work, options: Options) -> Artifact:
+def _run(task: Task, work: Work, options: Options) -> Manifest:
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
     device = launch.device(options.device)
     with options.console.progress(task.stage.verb) as progress, _signals() as stop:
@@ -104,7 +152,7 @@ def _run(task: Task, work: Work, options: Options) -> Artifact:
         )
         result = task.run(job)
     seconds = round(time.monotonic() - clock, 2)
-    manifest = Manifest(
+    return Manifest(
         kind=work.kind,
         name=work.name,
         recipe=work.recipe,
@@ -122,10 +170,6 @@ def _run(task: Task, work: Work, options: Options) -> Artifact:
             **launch.provenance(device),
         },
     )
-    options.console.publishing()
-    from rae.store.artifacts import Workspace
-
-    return Workspace(work.folder.parents[2]).publish(work, manifest)
 
 
 def _files(work: Work, result: Result) -> list[Json]:

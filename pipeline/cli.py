@@ -1,0 +1,249 @@
+"""The commands. Thin: each reads its configuration, calls one function, prints what it returns.
+
+Nothing heavy is imported here: `rae --help` costs what a bare typer program costs.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rae.pipeline.plan import Pipeline
+    from rae.pipeline.runner import Options, Outcome
+
+app = typer.Typer(
+    name="rae",
+    help="Train image generators on representation autoencoders, from latents that are encoded once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="List, show or check configurations.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+Config = Annotated[str, typer.Argument(help="A preset's name (see `rae config ls`) or a YAML file.")]
+Ref = Annotated[str, typer.Argument(help="KIND/NAME, KIND/ID, a path, or a bare name if it is unique.")]
+WorkspaceOption = Annotated[
+    str, typer.Option("--workspace", "-w", envvar="RAE_WORKSPACE", help="The folder that artifacts live in.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting: train_dit.lr=1e-3.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, everything else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; run nothing.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Drop unfinished work of this name with other settings.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto.")]
+DEFAULT_WORKSPACE = "rae-workspace"
+
+
+@app.command("run")
+def run_command(
+    config: Config,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    overrides: Set = None,
+    first: Annotated[str | None, typer.Option("--from", help="Begin at this stage; earlier ones must be done.")] = None,
+    last: Annotated[str | None, typer.Option("--to", help="End with this stage.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    device: Device = "auto",
+) -> None:
+    """Run every stage that is missing, in order, and write the report."""
+    from rae.pipeline import runner
+    from rae.pipeline.report import write_report
+
+    pipeline, options = _prepare(config, workspace, overrides, as_json, quiet, restart, device)
+    stages = runner.between(pipeline, first, last)
+    if dry_run:
+        _show_plan(pipeline, [stage.name for stage in stages], options)
+        return
+    runner.preflight(pipeline)
+    outcomes = runner.run_stages(pipeline, stages, options)
+    report = write_report(pipeline)
+    options.console.say(f"report: {report}")
+    if as_json:
+        options.console.print_json([outcome.to_json() for outcome in outcomes])
+
+
+def _stage_command(name: str, summary: str) -> None:
+    """Every stage's verb takes the same options and does the same: run that stage."""
+
+    def command(
+        config: Config,
+        workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+        overrides: Set = None,
+        as_json: AsJson = False,
+        quiet: Quiet = False,
+        dry_run: DryRun = False,
+        restart: Restart = False,
+        device: Device = "auto",
+    ) -> None:
+        from rae.pipeline import runner
+
+        pipeline, options = _prepare(config, workspace, overrides, as_json, quiet, restart, device)
+        if dry_run:
+            _show_plan(pipeline, [name], options)
+            return
+        _show_outcome(runner.run_verb(pipeline, name, options), options)
+
+    app.command(name.replace("_", "-"), help=summary)(command)
+
+
+@app.command("shards")
+def shards_command(
+    source: Annotated[str, typer.Argument(help="A configuration; or with OUT: digits, or a path of images.")],
+    out: Annotated[str | None, typer.Argument(help="The folder to write webdataset shards into.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many images, class-balanced.")] = None,
+    val_fraction: Annotated[float, typer.Option(help="Hold out this share, class-balanced.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Chooses the images of --limit and --val-fraction.")] = 0,
+    samples_per_shard: Annotated[int, typer.Option(help="Images per tar.")] = 1000,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    overrides: Set = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn images, class folders, parquet or CIFAR-10 into webdataset shards with an index."""
+    from rae.pipeline import config as configuration
+    from rae.pipeline import runner
+    from rae.stages.sections import ShardsSection
+
+    if out is None:
+        pipeline, options = _prepare(source, workspace, overrides, as_json, quiet)
+        _show_outcome(runner.run_verb(pipeline, "shards", options), options)
+        return
+    choice = {"limit": limit, "val_fraction": val_fraction, "seed": seed, "samples_per_shard": samples_per_shard}
+    section = configuration.validated(ShardsSection, {"train": source, **choice}, "rae shards")
+    options = _options(as_json, quiet)
+    _show_outcome(runner.convert(section, out, options), options)
+
+
+_stage_command("encode", "Encode every image once into the latent store.")
+_stage_command("train_decoder", "Train the ViT decoder that turns tokens back into pixels.")
+_stage_command("train_dit", "Train the diffusion transformer on the stored latents.")
+_stage_command("sample", "Draw latents from the transformer and decode them to images.")
+_stage_command("evaluate", "Score reconstructions and samples; draws the samples if they are missing.")
+
+
+@app.command("plan")
+def plan_command(
+    config: Config, workspace: WorkspaceOption = DEFAULT_WORKSPACE, overrides: Set = None, as_json: AsJson = False
+) -> None:
+    """Say what would run, why, and what it takes."""
+    pipeline, options = _prepare(config, workspace, overrides, as_json)
+    _show_plan(pipeline, [stage.name for stage in pipeline.stages], options)
+
+
+@app.command("status")
+def status_command(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: AsJson = False) -> None:
+    """List every artifact, and what is unfinished and how to continue it."""
+    from rae.pipeline.status import show_status
+    from rae.store.artifacts import Workspace
+
+    show_status(Workspace(workspace), _options(as_json).console)
+
+
+@app.command("inspect")
+def inspect_command(ref: Ref, workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: AsJson = False) -> None:
+    """Show one artifact: what made it, its numbers, its inputs, its invalid rows."""
+    from rae.pipeline.status import show_artifact
+    from rae.store.artifacts import Workspace
+
+    show_artifact(Workspace(workspace), ref, _options(as_json).console)
+
+
+@app.command("report")
+def report_command(config: Config, workspace: WorkspaceOption = DEFAULT_WORKSPACE, overrides: Set = None) -> None:
+    """Write the HTML report of what is done."""
+    from rae.pipeline.report import write_report
+
+    pipeline, options = _prepare(config, workspace, overrides)
+    options.console.say(f"report: {write_report(pipeline)}")
+
+
+@config_app.command("ls")
+def config_ls(as_json: AsJson = False) -> None:
+    """List the presets."""
+    from rae.pipeline import config as configuration
+
+    console = _options(as_json).console
+    described = {name: configuration.load(name).description for name in configuration.presets()}
+    if as_json:
+        console.print_json(described)
+    else:
+        console.table("", ["preset", "what it is"], [[name, text] for name, text in described.items()])
+
+
+@config_app.command("show")
+def config_show(config: Config, overrides: Set = None) -> None:
+    """Print a configuration with every default written out."""
+    from rae.pipeline import config as configuration
+
+    print(configuration.to_yaml(configuration.load(config, overrides)), end="")
+
+
+@config_app.command("validate")
+def config_validate(config: Config, overrides: Set = None) -> None:
+    """Check a configuration without running anything."""
+    from rae.pipeline import config as configuration
+
+    print(f"{configuration.load(config, overrides).name}: valid")
+
+
+def _options(as_json: bool = False, quiet: bool = False, restart: bool = False, device: str = "auto") -> "Options":
+    from rae.pipeline.console import Console, log_to
+    from rae.pipeline.runner import Options
+
+    log_to("stderr", quiet)
+    return Options(restart=restart, device=device, console=Console(quiet, as_json))
+
+
+def _prepare(
+    config: str,
+    workspace: str,
+    overrides: list[str] | None,
+    as_json: bool = False,
+    quiet: bool = False,
+    restart: bool = False,
+    device: str = "auto",
+) -> tuple["Pipeline", "Options"]:
+    from rae.pipeline import config as configuration
+    from rae.pipeline.plan import Pipeline
+    from rae.store.artifacts import Workspace
+
+    settings = configuration.load(config, overrides)
+    chosen = [config, *(word for override in overrides or [] for word in ("-s", override))]
+    options = _options(as_json, quiet, restart, device)
+    return Pipeline(settings, Workspace(workspace), chosen), options
+
+
+def _show_outcome(outcome: "Outcome", options: "Options") -> None:
+    if options.console.as_json:
+        options.console.print_json(outcome.to_json())
+
+
+def _show_plan(pipeline: "Pipeline", names: list[str], options: "Options") -> None:
+    from rae.pipeline.status import show_plan
+
+    show_plan(pipeline, names, options.console)
+
+
+def main() -> None:
+    """The `rae` command: a person's mistake ends in one sentence and the exit code that stands for it."""
+    from rae.store.errors import Interrupted, RaeError
+
+    try:
+        app(standalone_mode=True)
+    except RaeError as error:
+        print(f"rae: {error.message}", file=sys.stderr)
+        if error.next_command:
+            print(f"  next: {error.next_command}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("rae: interrupted; run the same command to continue", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)
