@@ -233,7 +233,7 @@ def _show_plan(pipeline: "Pipeline", names: list[str], options: "Options") -> No
 
 def main() -> None:
     """The `rae` command: a person's mistake ends in one sentence and the exit code that stands for it."""
-    from rae.store.errors import Interrupted, RaeError
+    from rae.store.errors import RaeError
 
     try:
         app(standalone_mode=True)
@@ -242,8 +242,3 @@ def main() -> None:
         if error.next_command:
             print(f"  next: {error.next_command}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("rae: interrupted; run the same command to continue", file=sys.stderr)
-        sys.exit(Interrupted.exit_code)
-    except BrokenPipeError:
-        sys.exit(0)

@@ -95,7 +95,7 @@ def preflight(pipeline: Pipeline) -> None:
         config.encode.encoder_input_size or config.encode.image_size,
         config.encode.feature_index,
     )
-    check_width(config.train_dit, token_dim)
+    config.train_dit.check_width(token_dim)
 
 
 def convert(section: ShardsSection, out: str, options: Options) -> Outcome:
@@ -134,6 +134,8 @@ def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
         artifact = workspace.publish(work, _run(task, work, options))
     except OSError as error:
         raise _explained(error, stage) from error
+    except KeyboardInterrupt:  # the second Ctrl-C, or one before the stage could listen
+        raise Interrupted("interrupted; what is done is kept", _again()) from None
     console.done(stage.verb, artifact)
     return Outcome(artifact, reused=False)
 
@@ -163,7 +165,7 @@ def _run(task: Task, work: Work, options: Options) -> Manifest:
         metrics={"seconds": seconds, **result.metrics},
         provenance={
             "created": started.isoformat(timespec="seconds"),
-            "command": shlex.join(["rae", *sys.argv[1:]]),
+            "command": _again(),
             "rae": metadata.version("rae-pipeline"),
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -191,11 +193,10 @@ class _Stop:
     signal: int | None = None
 
     def check(self) -> None:
-        again = shlex.join(["rae", *sys.argv[1:]])
         if self.signal == signal.SIGINT:
-            raise Interrupted("interrupted; what is done is kept", again)
+            raise Interrupted("interrupted; what is done is kept", _again())
         if self.signal is not None:
-            raise PartialResult("stopped by SIGTERM; what is done is kept", again)
+            raise PartialResult("stopped by SIGTERM; what is done is kept", _again())
 
 
 @contextmanager
@@ -221,12 +222,18 @@ def _signals() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
+def _again() -> str:
+    """The command that runs now: the one that continues it."""
+    return shlex.join(["rae", *sys.argv[1:]])
+
+
 def _explained(error: OSError, stage: Stage) -> Exception:
     """An operating system's error in a person's words."""
     where = error.filename or "a file"
-    again = shlex.join(["rae", *sys.argv[1:]])
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return PartialResult(f"the disk is full: {stage.verb} could not write {where}; free space and continue", again)
+        return PartialResult(
+            f"the disk is full: {stage.verb} could not write {where}; free space and continue", _again()
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return MissingInput(f"{stage.verb} may not read or write {where} ({error.strerror})")
     return error

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rae.store.errors import ConfigError
+
 
 class Runtime:
     """Marks a field that does not change the result: paths, worker counts, how often to log."""
@@ -140,7 +142,8 @@ class TrainDecoderSection(TrainingSection):
 class TrainDitSection(TrainingSection):
     """The diffusion transformer and its transport (paper, sections 4 and 5). DiTDH-S by default.
 
-    It trains on the latents that this configuration encodes, or on those that the REF `latents` names. For `DiT-DH`, `hidden_size`, `depth` and `num_heads` are pairs: body, head. For `LightningDiT` one number each.
+    It trains on the latents that this configuration encodes, or on those that the REF `latents` names.
+    For `DiT-DH`, `hidden_size`, `depth` and `num_heads` are pairs: body, head. For `LightningDiT` one number each.
     """
 
     latents: Path | None = None
@@ -172,6 +175,16 @@ class TrainDitSection(TrainingSection):
                     " turn pairs of numbers along two axes)"
                 )
         return self
+
+    def check_width(self, token_dim: int) -> None:
+        """Refuse a transformer that is narrower than a token: it cannot represent the noise (paper, Theorem 1)."""
+        width = self.hidden_size[-1]
+        if width < token_dim and not self.allow_narrow:
+            part = "the head" if self.model == "DiT-DH" else "the transformer"
+            raise ConfigError(
+                f"{part} is {width} wide and a token has {token_dim} channels: narrower than a token it cannot fit the"
+                " noise (Theorem 1 of the paper); widen `train_dit.hidden_size`, or set `train_dit.allow_narrow`"
+            )
 
 
 class SampleSection(Section):

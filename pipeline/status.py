@@ -1,0 +1,137 @@
+"""`rae status`, `rae inspect` and the plan: what is there, what is unfinished, what would run and why."""
+
+import shutil
+from pathlib import Path
+
+from rae.pipeline.console import Console, duration, size
+from rae.pipeline.plan import STAGES, Pipeline
+from rae.pipeline.runner import payload_bytes
+from rae.store.artifacts import Artifact, Unfinished, Workspace
+from rae.store.errors import MissingInput, RaeError
+from rae.store.manifest import Json
+
+_SHOWN_INVALID_ROWS = 20
+
+
+def show_status(workspace: Workspace, console: Console) -> None:
+    """Every artifact and everything unfinished."""
+    _check_readable(workspace)
+    artifacts, unfinished = list(workspace.artifacts()), list(workspace.unfinished())
+    if console.as_json:
+        done = [_summary(artifact) for artifact in artifacts]
+        open_ = [{"kind": one.kind, "id": one.id, "name": one.name, "continue": _continue(one)} for one in unfinished]
+        console.print_json({"artifacts": done, "unfinished": open_})
+        return
+    rows = []
+    for artifact in artifacts:
+        summary = _summary(artifact)
+        made_from = ", ".join(summary["inputs"]) or "-"
+        rows.append(
+            [artifact.kind, summary["name"], artifact.id, summary["created"], size(summary["bytes"]), made_from]
+        )
+    if rows:
+        console.table(f"{workspace.root}", ["kind", "name", "id", "made", "size", "from"], rows)
+    for one in unfinished:
+        console.say(f"unfinished: {one.kind} `{one.name}` ({one.id}); continue with: {_continue(one)}")
+    if not rows and not unfinished:
+        console.say(f"{workspace.root} holds no artifacts yet; begin with: rae run quickstart")
+
+
+def _check_readable(workspace: Workspace) -> None:
+    try:
+        list(workspace.root.iterdir()) if workspace.root.exists() else None
+    except OSError as error:
+        raise MissingInput(f"the workspace {workspace.root} cannot be read ({error.strerror})") from error
+
+
+def _summary(artifact: Artifact) -> Json:
+    manifest = artifact.manifest
+    inputs = [f"{one['kind']}/{one['id']}" for one in manifest.inputs.values()]
+    created = manifest.provenance.get("created", "")
+    head = {"kind": manifest.kind, "name": manifest.name, "id": manifest.id, "content": manifest.content}
+    return head | {"created": created, "bytes": payload_bytes(artifact), "inputs": inputs, "metrics": manifest.metrics}
+
+
+def _continue(one: Unfinished) -> str:
+    verb = next(stage.verb for stage in STAGES.values() if stage.kind == one.kind)
+    return f"rae {verb} CONFIG, with the configuration `{one.name}`"
+
+
+def show_artifact(workspace: Workspace, ref: str, console: Console) -> None:
+    """One artifact: numbers, settings, inputs, and of latents the invalid rows with their reasons."""
+    artifact = workspace.resolve(ref)
+    manifest = artifact.manifest
+    invalid = _invalid_rows(artifact)
+    if console.as_json:
+        details = {"path": str(artifact.folder), "config": manifest.config, "provenance": manifest.provenance}
+        console.print_json(_summary(artifact) | details | {"recipe": manifest.recipe, "invalid": invalid})
+        return
+    console.say(f"{artifact.kind}/{artifact.id}  `{manifest.name}`  {size(payload_bytes(artifact))}  {artifact.folder}")
+    console.say(f"content {manifest.content}")
+    sections = {"numbers": manifest.metrics, "provenance": manifest.provenance, **manifest.config}
+    for title, values in sections.items():
+        console.say(f"{title}:")
+        for key, value in values.items():
+            console.say(f"  {key}: {duration(value) if key == 'seconds' else value}")
+    for line in _lineage(workspace, artifact, depth=0):
+        console.say(line)
+    for row in invalid[:_SHOWN_INVALID_ROWS]:
+        console.say(f"invalid: {row['key']} in {row['source_shard']}: {row['reason']}")
+    if len(invalid) > _SHOWN_INVALID_ROWS:
+        console.say(f"invalid: {len(invalid) - _SHOWN_INVALID_ROWS} more; --json lists them all")
+
+
+def _lineage(workspace: Workspace, artifact: Artifact, depth: int) -> list[str]:
+    """The tree of what an artifact was made from, as far as it lies in this workspace."""
+    lines = []
+    for role, one in artifact.manifest.inputs.items():
+        lines.append(f"{'  ' * depth}made from {role}: {one['kind']}/{one['id']}")
+        folder = workspace.folder(one["kind"], one["id"])
+        if (folder / "manifest.json").is_file():
+            lines += _lineage(workspace, workspace.resolve(f"{one['kind']}/{one['id']}"), depth + 1)
+    return lines
+
+
+def _invalid_rows(artifact: Artifact) -> list[Json]:
+    if artifact.kind != "latents":
+        return []
+    from rae.store.latents import LatentStore
+
+    return LatentStore(artifact.folder).invalid_rows()
+
+
+def show_plan(pipeline: Pipeline, names: list[str], console: Console) -> None:
+    """What would run, why, and the disk that it needs."""
+    rows = [plan_row(pipeline, name) for name in names]
+    if console.as_json:
+        console.print_json(rows)
+        return
+    columns = ["stage", "state", "why"]
+    console.table(f"plan of `{pipeline.config.name}`", columns, [[row[column] for column in columns] for row in rows])
+
+
+def plan_row(pipeline: Pipeline, name: str) -> Json:
+    """A stage's state: done, continue, run, or wait (for an earlier stage)."""
+    stage = STAGES[name]
+    row: Json = {"stage": stage.verb, "kind": stage.kind}
+    try:
+        task = pipeline.task(name)
+        found = pipeline.workspace.find(stage.kind, task.recipe)
+    except MissingInput as error:
+        return row | {"state": "wait", "why": error.message}
+    except RaeError as error:
+        return row | {"state": "refused", "why": error.message}
+    if found is not None:
+        return row | {"state": "done", "why": f"{found.kind}/{found.id}"}
+    begun = [one for one in pipeline.workspace.unfinished() if one.kind == stage.kind and one.recipe == task.recipe]
+    if begun:
+        return row | {"state": "continue", "why": f"{stage.kind}/{begun[0].id} is unfinished"}
+    why = "nothing of this recipe in the workspace"
+    return row | {"state": "run", "why": f"{why}; {_free(pipeline.workspace.root)} free there"}
+
+
+def _free(root: Path) -> str:
+    folder = root
+    while not folder.exists():
+        folder = folder.parent
+    return size(shutil.disk_usage(folder).free)
