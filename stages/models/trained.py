@@ -1,0 +1,195 @@
+"""Trained models as they lie in artifacts: written by the trainers, read by sampling, scoring and the Python API.
+
+decoder.json, model.safetensors, ema.safetensors
+dit.json, model.safetensors, ema.safetensors, latent_stats.safetensors
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens, unwhiten
+from rae.stages.models.dit import DiTConfig, build_dit
+from rae.stages.models.encoders import Encoder
+from rae.stages.models.saving import digest_weights, load_weights, save_weights
+from rae.stages.models.transport import Transport, create_transport
+from rae.store.errors import CorruptData, StaleInput
+from rae.store.manifest import Json, differing_fields
+
+Weights = Literal["ema", "model"]
+# What two encoders must share for one's latents to be read by a decoder trained on the other's.
+_SAME_TOKENS = ("digest", "feature_index", "input_size", "token_dim", "grid")
+
+
+class Decoder(nn.Module):
+    """A trained decoder: raw tokens [B, C, H, W] -> images [B, 3, S, S] in [0, 1]."""
+
+    def __init__(self, model: ViTDecoder, encoder: Json) -> None:
+        super().__init__()
+        self.model = model
+        self.encoder = encoder  # description of the encoder whose tokens it reads
+        self.requires_grad_(False).eval()
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.model.config
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        images: Tensor = self.model(tokens).float().clamp(0, 1)
+        return images
+
+    @classmethod
+    def load(cls, folder: Path, weights: Weights = "ema", device: str = "cpu") -> Self:
+        """Read what `save_decoder` wrote."""
+        about = _read_json(folder / "decoder.json")
+        model = ViTDecoder(DecoderConfig.from_dict(about["config"]))
+        load_weights(model, folder / f"{weights}.safetensors")
+        return cls(model, about["encoder"]).to(device)
+
+
+class Dit(nn.Module):
+    """A trained diffusion transformer with what sampling needs to know of its training.
+
+    `dit(x, t, y)` is the model's output (a velocity, unless trained otherwise) for whitened latents x [B, C, H, W],
+    times t [B] in [0, 1] (1 is noise) and labels y [B]; the label `num_classes` means none.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, model: nn.Module, about: "DitDescription", mean: Tensor, var: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.about = about
+        self.register_buffer("mean", mean)
+        self.register_buffer("var", var)
+        self.requires_grad_(False).eval()
+
+    @property
+    def num_classes(self) -> int:
+        return self.about.config.num_classes
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        config = self.about.config
+        return config.in_channels, config.input_size, config.input_size
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        out: Tensor = self.model(x, t, y)
+        return out
+
+    def raw(self, whitened: Tensor) -> Tensor:
+        """Whitened latents back to the encoder's own scale, which decoders read."""
+        return unwhiten(whitened, self.mean, self.var)
+
+    @classmethod
+    def load(cls, folder: Path, weights: Weights = "ema", device: str = "cpu") -> Self:
+        """Read what `save_dit` wrote."""
+        about = DitDescription.from_json(_read_json(folder / "dit.json"))
+        model = build_dit(about.config)
+        load_weights(model, folder / f"{weights}.safetensors")
+        stats = load_file(folder / "latent_stats.safetensors")
+        return cls(model, about, stats["mean"], stats["var"]).to(device)
+
+
+@dataclass(frozen=True)
+class DitDescription:
+    """What stands beside a transformer's weights: sizes, transport, the encoder of its latents, class names."""
+
+    config: DiTConfig
+    transport: Json
+    encoder: Json
+    classes: tuple[str, ...] | None = None
+
+    def create_transport(self) -> Transport:
+        return create_transport(**self.transport)
+
+    def to_json(self) -> Json:
+        classes = list(self.classes) if self.classes is not None else None
+        parts = {"config": self.config.to_dict(), "transport": self.transport, "encoder": self.encoder}
+        return parts | {"classes": classes}
+
+    @classmethod
+    def from_json(cls, value: Json) -> Self:
+        classes = tuple(value["classes"]) if value["classes"] is not None else None
+        return cls(DiTConfig.from_dict(value["config"]), value["transport"], value["encoder"], classes)
+
+
+class Autoencoder(nn.Module):
+    """A frozen encoder and its trained decoder (RAE paper, section 3)."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in [0, 1] -> raw tokens [B, C, H, W]."""
+        tokens: Tensor = self.encoder(images)
+        return tokens
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Raw tokens -> images [B, 3, S, S] in [0, 1]."""
+        images: Tensor = self.decoder(tokens)
+        return images
+
+    def noising(self, tokens: Tensor, noise_tau: float, generator: torch.Generator | None = None) -> Tensor:
+        """Tokens with noise of a level drawn per image from tau * U[0, 1), as in decoder training (section 4.3)."""
+        uniform = torch.rand(len(tokens), generator=generator, device=tokens.device)
+        normal = torch.randn(tokens.shape, generator=generator, device=tokens.device)
+        return noise_tokens(tokens, noise_tau, uniform, normal)
+
+
+def save_decoder(
+    folder: Path, config: DecoderConfig, encoder: Json, model: Mapping[str, Tensor], ema: Mapping[str, Tensor]
+) -> tuple[tuple[Path, ...], str]:
+    """Write a decoder's payload; returns its files and its content digest (over the EMA weights)."""
+    return _save(folder, "decoder.json", {"config": config.to_dict(), "encoder": encoder}, model, ema)
+
+
+def save_dit(
+    folder: Path,
+    about: DitDescription,
+    stats: tuple[Tensor, Tensor],
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor],
+) -> tuple[tuple[Path, ...], str]:
+    """Write a transformer's payload with the (mean, var) [C, H, W] that whiten its latents."""
+    path = folder / "latent_stats.safetensors"
+    save_file({"mean": stats[0].contiguous(), "var": stats[1].contiguous()}, path)
+    files, content = _save(folder, "dit.json", about.to_json(), model, ema)
+    return (*files, path), content
+
+
+def _save(
+    folder: Path, name: str, about: Json, model: Mapping[str, Tensor], ema: Mapping[str, Tensor]
+) -> tuple[tuple[Path, ...], str]:
+    files = (folder / name, folder / "model.safetensors", folder / "ema.safetensors")
+    files[0].write_text(json.dumps(about, indent=1, sort_keys=True))
+    save_weights(files[1], model)
+    save_weights(files[2], ema)
+    return files, digest_weights(ema)
+
+
+def check_compatible(dit: Json, decoder: Json) -> None:
+    """Refuse a decoder that reads other tokens than the transformer makes; both are encoders' descriptions."""
+    asked, found = ({key: one.get(key) for key in _SAME_TOKENS} for one in (dit, decoder))
+    if fields := "; ".join(differing_fields(asked, found, "encoder")):
+        raise StaleInput(f"the decoder reads other latents than the transformer makes ({fields})")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CorruptData(f"{path} cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise CorruptData(f"{path} does not hold a JSON object")
+    return value
