@@ -20,6 +20,7 @@ import torch
 from rae.stages.images import BadImage, center_crop, decode
 from rae.stages.job import Job, Result
 from rae.stages.models.encoders import Encoder, describe, load_encoder
+from rae.stages.models.pixels import to_unit
 from rae.stages.models.weights import EncoderFiles
 from rae.stages.sections import EncodeSection
 from rae.store.errors import CorruptData
@@ -140,7 +141,7 @@ def _encode_batch(encoder: Encoder, batch: list[Decoded], section: EncodeSection
         if sample.pixels is not None:
             pixels[position] = sample.pixels
     device = next(encoder.parameters()).device
-    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float().div_(255)
+    images = to_unit(pixels, device)
     views = [images, images.flip(-1)] if section.horizontal_flip else [images]
     with torch.autocast(device.type, torch.bfloat16, enabled=section.precision == "bf16"):
         tokens = torch.stack([encoder(view) for view in views], dim=1)

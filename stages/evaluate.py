@@ -10,6 +10,7 @@ import torch
 from rae.stages.images import BadImage, center_crop, decode
 from rae.stages.job import Job, Result
 from rae.stages.models.encoders import Encoder, describe, load_encoder
+from rae.stages.models.pixels import to_uint8, to_unit
 from rae.stages.models.trained import Autoencoder, Decoder, check_compatible
 from rae.stages.models.weights import EncoderFiles
 from rae.stages.scoring.extractors import load_extractor
@@ -120,6 +121,5 @@ def _score_reconstruction(
 def _reconstructed(autoencoder: Autoencoder, images: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
     device = next(autoencoder.parameters()).device
     for first in range(0, len(images), batch_size):
-        batch = torch.from_numpy(images[first : first + batch_size]).to(device)
-        made = autoencoder.decode(autoencoder.encode(batch.permute(0, 3, 1, 2).float().div(255)))
-        yield made.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        batch = to_unit(images[first : first + batch_size], device)
+        yield to_uint8(autoencoder.decode(autoencoder.encode(batch)))

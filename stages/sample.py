@@ -12,9 +12,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rae.stages.job import Job, Result
+from rae.stages.models.pixels import to_uint8
 from rae.stages.models.samplers import sample_ode
 from rae.stages.models.trained import Decoder, Dit, check_compatible
 from rae.stages.sections import SampleSection
@@ -83,11 +83,6 @@ def draw(dit: Dit, decoder: Decoder, labels: np.ndarray, indices: np.ndarray, se
         )
         images = decoder(dit.raw(latents.float()))
     return to_uint8(images)[: len(indices)]
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """Images [B, 3, H, W] in [0, 1] -> uint8 [B, H, W, 3], rounded (truncation would darken by half a level)."""
-    return images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _taken_over(name: str, path: Path, labels: np.ndarray, job: Job) -> np.ndarray | None:
