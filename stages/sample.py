@@ -61,6 +61,14 @@ def choose_labels(section: SampleSection, num_classes: int) -> np.ndarray:
     return np.resize(np.array(classes, np.int64), section.num_images)
 
 
+def draw_all(dit: Dit, decoder: Decoder, labels: np.ndarray, section: SampleSection) -> np.ndarray:
+    """Images uint8 [N, S, S, 3] for labels [N], indexed from 0."""
+    indices = np.arange(len(labels))
+    starts = range(0, len(labels), section.batch_size)
+    batches = [slice(first, first + section.batch_size) for first in starts]
+    return np.concatenate([draw(dit, decoder, labels[batch], indices[batch], section) for batch in batches])
+
+
 @torch.inference_mode()
 def draw(dit: Dit, decoder: Decoder, labels: np.ndarray, indices: np.ndarray, section: SampleSection) -> np.ndarray:
     """Images uint8 [B, S, S, 3] for labels [B] at the indices [B], computed in a batch of the full size."""

@@ -1,0 +1,45 @@
+# Two commands do everything: `make quickstart` and `make test`. Both begin with a virtual environment in .venv.
+# For a CPU-only PyTorch on Linux (200 MB instead of 3 GB): make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH_INDEX ?=
+PIP_INSTALL = .venv/bin/pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check lint test-faults clean
+
+help:
+	@echo "make quickstart   install into .venv and run the whole pipeline on handwritten digits"
+	@echo "make test         install into .venv and run linters, type checks and tests"
+	@echo "make test-faults  every kill and disk-full test, not only the few that 'make test' runs"
+	@echo "make clean        remove .venv; the workspace stays"
+
+quickstart: .venv/installed
+	.venv/bin/rae run quickstart
+
+test: .venv/installed-test
+	$(MAKE) check
+
+check: lint
+	.venv/bin/pytest
+
+lint:
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+test-faults: .venv/installed-test
+	RAE_FAULTS=all .venv/bin/pytest tests/faults
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) -e ".[quickstart]"
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(PIP_INSTALL) -e ".[quickstart,test]"
+	touch $@
+
+clean:
+	rm -rf .venv
