@@ -178,6 +178,11 @@ def _save(
     return files, digest_weights(ema)
 
 
+def read_encoder(latents: Path) -> Json:
+    """The description of the encoder that made the latents in this folder."""
+    return _read_json(latents / "encoder.json")
+
+
 def check_compatible(dit: Json, decoder: Json) -> None:
     """Refuse a decoder that reads other tokens than the transformer makes; both are encoders' descriptions."""
     asked, found = ({key: one.get(key) for key in _SAME_TOKENS} for one in (dit, decoder))

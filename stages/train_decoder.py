@@ -1,0 +1,136 @@
+"""`rae train-decoder`: the ViT decoder learns to turn noisy tokens of the frozen encoder back into pixels.
+
+Fed online (paper, section 3): every image is read by its address in the shards, cropped, and encoded as it comes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rae.stages.images import BadImage, center_crop, decode, resized_crop
+from rae.stages.job import Job, Result
+from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens
+from rae.stages.models.encoders import Encoder, describe, load_encoder
+from rae.stages.models.perceptual import build_perceptual
+from rae.stages.models.pixels import to_unit
+from rae.stages.models.trained import save_decoder
+from rae.stages.models.weights import EncoderFiles
+from rae.stages.sections import EncodeSection, TrainDecoderSection
+from rae.stages.training.loop import Learner, train
+from rae.stages.training.randomness import normal, uniform
+from rae.stages.training.ranks import Ranks
+from rae.store.errors import ConfigError, CorruptData
+from rae.store.order import batch_rows, draw
+from rae.store.shards import Source
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images [B, 3, S, S] in [0, 1], and raw tokens [B, C, H, W] with the noise of this epoch on them."""
+
+    images: Tensor
+    tokens: Tensor
+    keys: Sequence[str]
+
+
+class Crops:
+    """Training images by row: decoded, resized and cropped as (seed, epoch, row) says."""
+
+    def __init__(self, source: Source, section: TrainDecoderSection, image_size: int) -> None:
+        self._source, self._section, self._size = source, section, image_size
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def batch(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+        """Pixels uint8 [B, S, S, 3]. A row that cannot be used shows the next usable one, so it never trains."""
+        across, down = (draw(self._section.seed, f"crop_{axis}", epoch, rows) for axis in "xy")
+        crops = [self._crop(int(row), (x, y)) for row, x, y in zip(rows, across, down, strict=True)]
+        return np.stack(crops)
+
+    def _crop(self, row: int, position: tuple[float, float]) -> np.ndarray:
+        for candidate in range(row, row + len(self._source)):
+            usable = candidate % len(self._source)
+            if self._source.reason(usable) is not None:
+                continue
+            try:
+                image = decode(self._source.read(usable))
+            except BadImage:
+                continue
+            if self._section.resize_size is None:
+                return center_crop(image, self._size)
+            return resized_crop(image, self._section.resize_size, self._size, position)
+        raise CorruptData("none of the training images can be decoded")
+
+
+def run(section: TrainDecoderSection, encode: EncodeSection, source: Source, files: EncoderFiles, job: Job) -> Result:
+    """Train the decoder of `section` for the encoder in `files`; returns its payload and the last losses."""
+    ranks = Ranks.from_environment()
+    device = ranks.device(job.device)
+    encoder = load_encoder(files, encode.encoder_input_size or encode.image_size, encode.feature_index, str(device))
+    config = describe_decoder(section, encode, encoder)
+    perceptual = build_perceptual(section.perceptual_loss, encoder, section.lpips_weights)
+    perceptual = perceptual.to(device) if perceptual is not None else None
+    crops = Crops(source, section, encode.image_size)
+    torch.manual_seed(section.seed)  # initial weights
+
+    def loss(decoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        made = decoder(batch.tokens)
+        pixel = (made - batch.images).abs().mean()
+        if perceptual is None:
+            return pixel, {}
+        distance = perceptual(made, batch.images).mean()
+        return pixel + section.perceptual_weight * distance, {"l1": pixel, "perceptual": distance}
+
+    def batch(epoch: int, step: int) -> Batch:
+        rows = ranks.shard(batch_rows(len(crops), section.batch_size, section.seed, epoch, step))
+        images = to_unit(crops.batch(rows, epoch), device)
+        return Batch(images, noisy_tokens(encoder, images, rows, epoch, section), [source.keys[row] for row in rows])
+
+    with ranks.process_group(device):
+        learner = Learner(ViTDecoder(config), loss, section, rows=len(crops), ranks=ranks, device=device)
+        metrics = train(learner, batch, section=section, rows=len(crops), job=job, ranks=ranks)
+    model, ema = learner.model.state_dict(), learner.ema.model.state_dict()
+    files_made, content = save_decoder(job.folder, config, describe(encoder), model, ema)
+    parameters = sum(parameter.numel() for parameter in learner.model.parameters())
+    described = {"perceptual_loss": perceptual.description if perceptual is not None else "none"}
+    return Result(
+        content, {"parameters": parameters, **described, **metrics}, (*files_made, job.folder / "metrics.jsonl")
+    )
+
+
+def describe_decoder(section: TrainDecoderSection, encode: EncodeSection, encoder: Encoder) -> DecoderConfig:
+    """The sizes of the decoder: one patch per token, so the image must be a whole number of patches."""
+    grid, width = encoder.grid
+    if grid != width or encode.image_size % grid:
+        raise ConfigError(
+            f"`encode.image_size` {encode.image_size} is not a multiple of the encoder's {grid}x{width} grid of tokens"
+        )
+    return DecoderConfig(
+        token_dim=encoder.token_dim,
+        grid=grid,
+        hidden_size=section.hidden_size,
+        depth=section.depth,
+        num_heads=section.num_heads,
+        intermediate_size=section.intermediate_size,
+        patch_size=encode.image_size // grid,
+        image_mean=encoder.mean,
+        image_std=encoder.std,
+    )
+
+
+@torch.no_grad()
+def noisy_tokens(
+    encoder: Encoder, images: Tensor, rows: np.ndarray, epoch: int, section: TrainDecoderSection
+) -> Tensor:
+    """Tokens of the images with noise of a level drawn per row (paper, section 4.3)."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=section.precision == "bf16"):
+        tokens = encoder(images).float()
+    if not section.noise_tau:
+        return tokens
+    level = uniform(section.seed, "noise_level", epoch, rows, images.device)
+    noise = normal(tokens.shape[1:], section.seed, "noise", epoch, rows, images.device)
+    return noise_tokens(tokens, section.noise_tau, level, noise)

@@ -1,0 +1,136 @@
+"""`rae train-dit`: the diffusion transformer learns from stored latents; no encoder and no image is touched."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rae.stages.job import Job, Result
+from rae.stages.models.dit import DiTConfig, build_dit
+from rae.stages.models.trained import DitDescription, read_encoder, save_dit
+from rae.stages.models.transport import Transport, auto_shift
+from rae.stages.sections import TrainDitSection
+from rae.stages.training.loop import Learner, train
+from rae.stages.training.randomness import normal, uniform
+from rae.stages.training.ranks import Ranks
+from rae.store.artifacts import Artifact
+from rae.store.errors import ConfigError, StaleInput
+from rae.store.latents import LatentStore
+from rae.store.order import batch_rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whitened latents x [B, C, H, W], labels y [B] with some dropped, times t [B] and noise like x."""
+
+    x: Tensor
+    y: Tensor
+    t: Tensor
+    noise: Tensor
+    keys: Sequence[str]
+
+
+def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
+    """Train the transformer that `section` describes; returns its payload and the last losses."""
+    store = LatentStore(latents.payload)
+    num_classes = count_classes(section, store)
+    config = describe_dit(section, store.latent_shape, num_classes)
+    about = DitDescription(
+        config=config,
+        transport=describe_transport(section, store.latent_shape),
+        encoder=read_encoder(latents.payload),
+        classes=tuple(latents.manifest.metrics.get("classes", ())) or None,
+    )
+    ranks = Ranks.from_environment()
+    device = ranks.device(job.device)
+    torch.manual_seed(section.seed)  # initial weights
+    transport = about.create_transport()
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return transport.training_losses(model, batch.x, batch.y, t=batch.t, noise=batch.noise).mean(), {}
+
+    def batch(epoch: int, step: int) -> Batch:
+        rows = ranks.shard(batch_rows(len(store), section.batch_size, section.seed, epoch, step))
+        return make_batch(store, rows, epoch, section, transport, num_classes, device)
+
+    with ranks.process_group(device):
+        learner = Learner(build_dit(config), loss, section, rows=len(store), ranks=ranks, device=device)
+        metrics = train(learner, batch, section=section, rows=len(store), job=job, ranks=ranks)
+    stats = torch.from_numpy(store.stats.mean).float(), torch.from_numpy(store.stats.variance).float()
+    files, content = save_dit(job.folder, about, stats, learner.model.state_dict(), learner.ema.model.state_dict())
+    parameters = sum(parameter.numel() for parameter in learner.model.parameters())
+    shift = {"time_dist_shift": round(about.transport["time_dist_shift"], 4)}
+    return Result(content, {"parameters": parameters, **shift, **metrics}, (*files, job.folder / "metrics.jsonl"))
+
+
+def count_classes(section: TrainDitSection, store: LatentStore) -> int:
+    """The size of the class table: as configured, or as the labels say; labels outside it are refused."""
+    labels = store.labels
+    found = int(labels.max()) + 1 if len(labels) else 0
+    unlabelled = int((labels < 0).sum())
+    num_classes = section.num_classes
+    if num_classes is None:
+        num_classes = 0 if unlabelled == len(labels) else found
+    if num_classes and unlabelled:
+        raise ConfigError(
+            f"{unlabelled} of {len(labels)} latents have no label; set `train_dit.num_classes` to 0 to train without"
+        )
+    if num_classes and found > num_classes:
+        key = store.keys[int(labels.argmax())]
+        raise ConfigError(
+            f"`train_dit.num_classes` is {num_classes}, and the label of `{key}` is {found - 1}; labels count from 0"
+        )
+    return num_classes
+
+
+def describe_dit(section: TrainDitSection, latent_shape: tuple[int, int, int], num_classes: int) -> DiTConfig:
+    """The sizes of the transformer for latents (C, H, W); refuses one narrower than a token."""
+    channels, height, width = latent_shape
+    if height != width:
+        raise StaleInput(f"the latents' grid is {height}x{width}, and the transformer takes square grids")
+    section.check_width(channels)
+    return DiTConfig(
+        model=section.model,
+        in_channels=channels,
+        input_size=height,
+        hidden_size=section.hidden_size,
+        depth=section.depth,
+        num_heads=section.num_heads,
+        mlp_ratio=section.mlp_ratio,
+        class_dropout_prob=section.class_dropout_prob,
+        num_classes=num_classes,
+        use_qknorm=section.use_qknorm,
+    )
+
+
+def describe_transport(section: TrainDitSection, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The arguments of `create_transport`; shift `auto` is sqrt(C*H*W / 4096), at least 1 (paper, section 4.2)."""
+    shift = auto_shift(*latent_shape) if section.time_dist_shift == "auto" else section.time_dist_shift
+    keys = ("path_type", "prediction", "loss_weight", "time_dist_type")
+    return {key: getattr(section, key) for key in keys} | {"time_dist_shift": shift}
+
+
+def make_batch(
+    store: LatentStore,
+    rows: np.ndarray,
+    epoch: int,
+    section: TrainDitSection,
+    transport: Transport,
+    num_classes: int,
+    device: torch.device,
+) -> Batch:
+    """The training rows with all their draws: each a function of (seed, purpose, epoch, row)."""
+    seed = section.seed
+    x = torch.from_numpy(store.batch(rows, seed, epoch)).to(device, non_blocking=True)
+    y = torch.from_numpy(store.labels[rows]).to(device) if num_classes else torch.zeros(len(rows), dtype=torch.int64)
+    if num_classes:
+        dropped = uniform(seed, "label_dropout", epoch, rows, device) < section.class_dropout_prob
+        y = torch.where(dropped, num_classes, y)
+    t = transport.sample_times(
+        uniform(seed, "time", epoch, rows, device), normal((), seed, "time_normal", epoch, rows, device)
+    )
+    noise = normal(store.latent_shape, seed, "noise", epoch, rows, device)
+    return Batch(x, y.to(device), t, noise, [store.keys[row] for row in rows])
