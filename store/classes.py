@@ -1,0 +1,19 @@
+"""The class names that lie beside images: a JSON list of strings, in the order of the labels."""
+
+import json
+from pathlib import Path
+
+from rae.store.errors import CorruptData
+
+
+def read_classes(path: Path) -> tuple[str, ...] | None:
+    """The names in `path`, or None if there is no such file. Raises `CorruptData` if it is no list of names."""
+    try:
+        names = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CorruptData(f"{path} is not JSON: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CorruptData(f"{path} is not a list of class names")
+    return tuple(names)
