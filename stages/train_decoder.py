@@ -29,10 +29,11 @@ from rae.store.shards import Source
 
 @dataclass(frozen=True)
 class Batch:
-    """Images [B, 3, S, S] in [0, 1], and raw tokens [B, C, H, W] with the noise of this epoch on them."""
+    """Images [B, 3, S, S] in [0, 1], and the noise for their tokens: its level [B] in [0, 1), and draws [B, C, H, W]."""
 
     images: Tensor
-    tokens: Tensor
+    level: Tensor
+    noise: Tensor
     keys: Sequence[str]
 
 
@@ -78,7 +79,9 @@ def run(section: TrainDecoderSection, encode: EncodeSection, source: Source, fil
     torch.manual_seed(section.seed)  # initial weights
 
     def loss(decoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        made = decoder(batch.tokens)
+        with torch.no_grad():
+            tokens = noise_tokens(encoder(batch.images), section.noise_tau, batch.level, batch.noise)
+        made = decoder(tokens)
         pixel = (made - batch.images).abs().mean()
         if perceptual is None:
             return pixel, {}
@@ -88,7 +91,9 @@ def run(section: TrainDecoderSection, encode: EncodeSection, source: Source, fil
     def batch(epoch: int, step: int) -> Batch:
         rows = ranks.shard(batch_rows(len(crops), section.batch_size, section.seed, epoch, step))
         images = to_unit(crops.batch(rows, epoch), device)
-        return Batch(images, noisy_tokens(encoder, images, rows, epoch, section), [source.keys[row] for row in rows])
+        level = uniform(section.seed, "noise_level", epoch, rows, device)
+        noise = normal((encoder.token_dim, *encoder.grid), section.seed, "noise", epoch, rows, device)
+        return Batch(images, level, noise, [source.keys[row] for row in rows])
 
     with ranks.process_group(device):
         learner = Learner(ViTDecoder(config), loss, section, rows=len(crops), ranks=ranks, device=device)
@@ -120,17 +125,3 @@ def describe_decoder(section: TrainDecoderSection, encode: EncodeSection, encode
         image_mean=encoder.mean,
         image_std=encoder.std,
     )
-
-
-@torch.no_grad()
-def noisy_tokens(
-    encoder: Encoder, images: Tensor, rows: np.ndarray, epoch: int, section: TrainDecoderSection
-) -> Tensor:
-    """Tokens of the images with noise of a level drawn per row (paper, section 4.3)."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=section.precision == "bf16"):
-        tokens = encoder(images).float()
-    if not section.noise_tau:
-        return tokens
-    level = uniform(section.seed, "noise_level", epoch, rows, images.device)
-    noise = normal(tokens.shape[1:], section.seed, "noise", epoch, rows, images.device)
-    return noise_tokens(tokens, section.noise_tau, level, noise)
