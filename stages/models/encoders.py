@@ -1,0 +1,158 @@
+"""Frozen pretrained encoders: images in [0, 1] become a grid of tokens of unit scale (RAE paper, section 3).
+
+Four families behind one module: DINOv2 (with or without registers), SigLIP and SigLIP2, MAE, and any timm model's
+feature map. All end in a layer norm without affine part, so that `noise_tau` means the same for each.
+
+Shapes: B images, S pixels along a side, C token width, H = W = grid side.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rae.stages.models.backbones import HuggingFaceBackbone, TimmBackbone, load_hugging_face, load_timm
+from rae.stages.models.geometry import (
+    Triple,
+    create_timm,
+    encoder_geometry,
+    folder_geometry,
+    folder_preprocessing,
+    timm_feature_index,
+    timm_geometry,
+    timm_input_size,
+)
+from rae.stages.models.weights import EncoderFiles, EncoderKind
+
+__all__ = ["Encoder", "EncoderInfo", "describe", "encoder_geometry", "load_encoder"]
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """What an encoder is, as manifests record it. `grid` is (rows, columns); `mean` and `std` are of [0, 1] pixels."""
+
+    name: str
+    kind: EncoderKind
+    token_dim: int
+    grid: tuple[int, int]
+    input_size: int
+    mean: Triple
+    std: Triple
+    digest: str
+    feature_index: int | None
+
+
+class Encoder(nn.Module):
+    """A frozen encoder: images [B, 3, S, S] in [0, 1] -> tokens [B, C, H, W] in float32.
+
+    Images of another side than `input_size` are resized (bicubic, no antialias, as officially). Parameters take no
+    gradient and the module stays in eval mode; gradients do flow to the images, which the perceptual loss needs.
+    """
+
+    _mean: Tensor
+    _std: Tensor
+
+    def __init__(self, backbone: TimmBackbone | HuggingFaceBackbone, info: EncoderInfo) -> None:
+        super().__init__()
+        self.info = info
+        self.token_dim = info.token_dim
+        self.grid = info.grid
+        self.input_size = info.input_size
+        self.mean = info.mean
+        self.std = info.std
+        self.digest = info.digest
+        self.backbone = backbone
+        self.register_buffer("_mean", torch.tensor(info.mean).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(info.std).reshape(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode whatever its parent does: a frozen encoder's batch norms and dropouts are part of it."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone.tokens(self._normalised(images)).float()
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The maps [B, c, h, w] that a perceptual distance compares, finest first.
+
+        timm: every feature map up to the one that becomes tokens. Hugging Face: the tokens.
+        """
+        return [feature.float() for feature in self.backbone.features(self._normalised(images))]
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"an encoder takes images [B, 3, S, S], not {list(images.shape)}")
+        side = self.input_size
+        if images.shape[-2:] != (side, side):
+            images = F.interpolate(images, size=(side, side), mode="bicubic", align_corners=False)
+        return (images - self._mean) / self._std
+
+
+def describe(encoder: Encoder) -> dict[str, Any]:
+    """JSON-ready: name, kind, token_dim, grid, input_size, mean, std, digest, feature_index."""
+    values = dataclasses.asdict(encoder.info)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def load_encoder(
+    files: EncoderFiles,
+    input_size: int | None = None,
+    feature_index: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Encoder:
+    """Loads an encoder, strictly: a weight that is missing, unknown or of another shape is an error.
+
+    Args:
+        files: from `locate_encoder`.
+        input_size: side in pixels of the images it sees; by default what its own preprocessing says (DINOv2: 224).
+        feature_index: which feature map of a timm encoder becomes tokens; by default the last of stride 16 or less.
+        device: where it goes.
+
+    Raises:
+        ConfigError: an input size or feature map that the encoder does not have.
+        MissingInput: a folder without preprocessor_config.json.
+        CorruptData: weights that cannot be read or are not those of the architecture.
+    """
+    load = _timm_encoder if files.kind == "timm" else _hugging_face_encoder
+    return load(files, input_size, feature_index).to(device)
+
+
+def _timm_encoder(files: EncoderFiles, input_size: int | None, feature_index: int | None) -> Encoder:
+    with torch.device("meta"):
+        shapes = create_timm(files.architecture)
+    size, index = timm_input_size(shapes, input_size), timm_feature_index(shapes, feature_index)
+    token_dim, grid = timm_geometry(shapes, size, index)
+    info = EncoderInfo(
+        name=files.name,
+        kind=files.kind,
+        token_dim=token_dim,
+        grid=grid,
+        input_size=size,
+        mean=shapes.pretrained_cfg["mean"],
+        std=shapes.pretrained_cfg["std"],
+        digest=files.digest,
+        feature_index=index,
+    )
+    return Encoder(TimmBackbone(load_timm(files), index), info)
+
+
+def _hugging_face_encoder(files: EncoderFiles, input_size: int | None, feature_index: int | None) -> Encoder:
+    token_dim, side = folder_geometry(files, input_size, feature_index)
+    preprocessing = folder_preprocessing(files)
+    info = EncoderInfo(
+        name=files.name,
+        kind=files.kind,
+        token_dim=token_dim,
+        grid=(side, side),
+        input_size=input_size or preprocessing.input_size,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        digest=files.digest,
+        feature_index=None,
+    )
+    return Encoder(HuggingFaceBackbone(load_hugging_face(files), files.kind, side), info)

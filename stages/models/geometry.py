@@ -1,0 +1,166 @@
+"""What an encoder will make of an image, known before its weights are loaded.
+
+A Hugging Face encoder is answered from its JSON files, without torch; a timm encoder is built on the meta device.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from rae.stages.models.weights import EncoderFiles, read_json
+from rae.store.errors import ConfigError, CorruptData, MissingInput
+
+Triple = tuple[float, float, float]
+
+# transformers leaves a nested configuration's default values out of config.json; these are SiglipVisionConfig's.
+SIGLIP_VISION_DEFAULTS = {"hidden_size": 768, "patch_size": 16, "image_size": 224}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an encoder wants its images: mean and std per channel of [0, 1] pixels, and the side in pixels."""
+
+    mean: Triple
+    std: Triple
+    input_size: int
+
+
+def encoder_geometry(
+    files: EncoderFiles, input_size: int | None = None, feature_index: int | None = None
+) -> tuple[int, tuple[int, int]]:
+    """Token width and grid (rows, columns) of an encoder at `input_size` pixels, without loading its weights.
+
+    Args:
+        files: from `locate_encoder`.
+        input_size: side in pixels; by default what the encoder's own preprocessing says.
+        feature_index: which feature map of a timm encoder; by default the last of stride 16 or less.
+
+    Raises:
+        ConfigError: an input size or feature map that the encoder does not have.
+        MissingInput, CorruptData: a Hugging Face folder without usable config.json or preprocessor_config.json.
+    """
+    if files.kind != "timm":
+        token_dim, side = folder_geometry(files, input_size, feature_index)
+        return token_dim, (side, side)
+    import torch  # the Hugging Face branch does without
+
+    with torch.device("meta"):
+        model = create_timm(files.architecture)
+    size = timm_input_size(model, input_size)
+    return timm_geometry(model, size, timm_feature_index(model, feature_index))
+
+
+def folder_geometry(files: EncoderFiles, input_size: int | None, feature_index: int | None) -> tuple[int, int]:
+    """Token width and tokens along one side of a Hugging Face encoder."""
+    if feature_index is not None:
+        raise ConfigError(f"`feature_index` chooses a map of a timm encoder; `{files.name}` has one kind of tokens")
+    vision = vision_config(files)
+    size = input_size or folder_preprocessing(files).input_size
+    patch = vision["patch_size"]
+    if size % patch or size < patch:
+        below = max(size // patch, 1) * patch
+        raise ConfigError(
+            f"`encoder_input_size` {size} is not a multiple of the patch size {patch} of `{files.name}`: take {below}"
+            f" or {below + patch}"
+        )
+    return vision["hidden_size"], size // patch
+
+
+def vision_config(files: EncoderFiles) -> dict[str, int]:
+    """`hidden_size`, `patch_size` and `image_size` of a Hugging Face encoder's vision tower, from config.json."""
+    config = read_json(files.folder_or_file / "config.json")
+    if files.kind == "siglip":
+        config = SIGLIP_VISION_DEFAULTS | config.get("vision_config", config)
+    shape = {key: config.get(key) for key in SIGLIP_VISION_DEFAULTS}
+    for key, value in shape.items():
+        if not isinstance(value, int) or value <= 0:
+            raise CorruptData(f"{files.folder_or_file / 'config.json'} says no usable `{key}`: {value!r}")
+    return {key: int(value) for key, value in shape.items() if value is not None}
+
+
+def folder_preprocessing(files: EncoderFiles) -> Preprocessing:
+    """Normalisation and default input size of a Hugging Face encoder, from preprocessor_config.json.
+
+    The input size is its crop, else its resize, else the size that the position table was made for.
+
+    Raises:
+        MissingInput: no such file; guessing a normalisation would make other tokens without a word.
+    """
+    path = files.folder_or_file / "preprocessor_config.json"
+    if not path.is_file():
+        raise MissingInput(
+            f"{files.folder_or_file} has no preprocessor_config.json, which says the mean and std of the images that"
+            f" `{files.name}` was trained on",
+            f"hf download {files.name} preprocessor_config.json --local-dir {files.folder_or_file}",
+        )
+    config = read_json(path)
+    mean, std = _triple(config, "image_mean", path), _triple(config, "image_std", path)
+    sides = [config["crop_size"]] if config.get("do_center_crop", "crop_size" in config) else []
+    for side in [*sides, config.get("size")]:
+        pixels = side.get("height", side.get("shortest_edge")) if isinstance(side, dict) else side
+        if isinstance(pixels, int) and pixels > 0:
+            return Preprocessing(mean, std, pixels)
+    return Preprocessing(mean, std, vision_config(files)["image_size"])
+
+
+def _triple(config: dict[str, Any], key: str, path: Any) -> Triple:
+    values = config.get(key)
+    if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
+        raise CorruptData(f"{path} says no usable `{key}`: {values!r}")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def create_timm(architecture: str) -> Any:
+    """A timm model without pretrained weights, on the current default device.
+
+    Raises:
+        ConfigError: timm has no such model, or none with feature maps.
+    """
+    import timm  # seconds that only a timm encoder needs
+
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=1)
+        raise ConfigError(f"timm has no model `{architecture}`{f'; did you mean `{close[0]}`?' if close else ''}")
+    model = timm.create_model(architecture, pretrained=False)
+    if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
+        raise ConfigError(f"timm's `{architecture}` offers no feature maps (`forward_intermediates`)")
+    return model
+
+
+def timm_input_size(model: Any, input_size: int | None) -> int:
+    """The side in pixels that a timm model is fed at; its pretraining's by default."""
+    trained: int = model.pretrained_cfg["input_size"][-1]
+    if input_size not in (None, trained) and model.pretrained_cfg.get("fixed_input_size"):
+        name = model.pretrained_cfg["architecture"]
+        raise ConfigError(f"timm's `{name}` takes images of {trained} pixels only: set `encoder_input_size` to that")
+    return input_size or trained
+
+
+def timm_feature_index(model: Any, feature_index: int | None) -> int:
+    """The feature map that becomes tokens: the one asked for, else the last of stride 16 or less (a ViT's patch)."""
+    strides = [feature["reduction"] for feature in model.feature_info]
+    if feature_index is None:
+        return max((index for index, stride in enumerate(strides) if stride <= 16), default=0)
+    if feature_index >= len(strides):
+        name = model.pretrained_cfg["architecture"]
+        raise ConfigError(
+            f"timm's `{name}` has {len(strides)} feature maps, of strides {', '.join(map(str, strides))}:"
+            f" `feature_index` {feature_index} is not among 0 to {len(strides) - 1}"
+        )
+    return feature_index
+
+
+def timm_geometry(model: Any, input_size: int, feature_index: int) -> tuple[int, tuple[int, int]]:
+    """Channels and grid of one feature map, from a forward pass of shapes alone; `model` lies on the meta device."""
+    import torch  # this module is light for everyone else
+
+    image = torch.empty(1, 3, input_size, input_size, device="meta")
+    try:
+        (feature_map,) = model.eval().forward_intermediates(
+            image, indices=[feature_index], stop_early=True, intermediates_only=True
+        )
+    except RuntimeError as error:
+        name = model.pretrained_cfg["architecture"]
+        raise ConfigError(f"timm's `{name}` cannot take images of {input_size} pixels: {error}") from error
+    _, channels, rows, columns = feature_map.shape
+    return channels, (rows, columns)
