@@ -1,0 +1,182 @@
+"""Checkpoints: immutable folders of safetensors, published whole, verified before they are believed.
+
+ATTEMPT/checkpoints/step-00000500/model.safetensors ...     one file per group of tensors
+ATTEMPT/checkpoints/step-00000500/checkpoint.json           step, state, sha256 of each file and of itself
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rae.store.errors import CorruptData, PartialResult
+from rae.store.manifest import Json, canonical
+from rae.store.publish import fsync_folder, temporary_name, write_durably
+
+logger = logging.getLogger("rae.train")
+
+Groups = dict[str, dict[str, Tensor]]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training's state after `step` optimizer steps: groups of tensors ("model", "ema", "optimizer") and JSON."""
+
+    step: int
+    tensors: Groups
+    state: Json
+    folder: Path
+
+    @property
+    def attempt(self) -> Path:
+        """The attempt that saved it."""
+        return self.folder.parents[1]
+
+
+def save(attempt: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Json, keep: int) -> Path:
+    """Publish a checkpoint, then drop all but the newest `keep` of this attempt; returns its folder.
+
+    The folder appears whole, under its name, after everything in it is on the disk. Raises `PartialResult` if the
+    disk is full; the checkpoints that were there remain, and nothing of the new one does.
+    """
+    folder = attempt / "checkpoints" / f"step-{step:08d}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder.parent)
+    temporary = temporary_name(folder)
+    try:
+        temporary.mkdir()
+        _write(temporary, step, groups, state)
+        _publish(temporary, folder)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise PartialResult(
+            f"the disk is full: the checkpoint of step {step} could not be written below {folder.parent};"
+            " earlier ones are intact",
+            f"df -h {folder.parent}",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _published(attempt)[keep:]:
+        # Renamed first, so that no reader finds half of it under its name.
+        shutil.rmtree(old.rename(temporary_name(old)))
+    return folder
+
+
+def newest(attempts: Sequence[Path]) -> Checkpoint | None:
+    """The valid checkpoint of most steps among all attempts; invalid ones are skipped with a warning."""
+    found = [folder for attempt in attempts for folder in _published(attempt)]
+    for folder in sorted(found, key=_step, reverse=True):
+        try:
+            return load(folder)
+        except CorruptData as error:
+            logger.warning("skipped a checkpoint: %s", error)
+    return None
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint's folder onto the CPU; `CorruptData` unless every byte is what was saved."""
+    description = _description(folder)
+    tensors = {}
+    for name, digest in description["files"].items():
+        path = folder / name
+        try:
+            if _sha256(path) != digest:
+                raise CorruptData(f"{path} is not what was saved: its sha256 differs")
+            tensors[path.stem] = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CorruptData(f"{path} cannot be read ({error})") from error
+    return Checkpoint(description["step"], tensors, description["state"], folder)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a new safetensors file and flush it to the disk, readable by whom its folder is; `path` is temporary.
+
+    safetensors itself makes files that their owner alone can read, and reports a full disk as no `OSError`.
+    """
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _write(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Json) -> None:
+    files = {}
+    for group, tensors in groups.items():
+        path = folder / f"{group}.safetensors"
+        write_tensors(path, tensors)
+        files[path.name] = _sha256(path)
+    description = {"schema": 1, "step": step, "files": files, "state": state}
+    whole = {**description, "sha256": hashlib.sha256(canonical(description)).hexdigest()}
+    write_durably(folder / "checkpoint.json", json.dumps(whole, indent=1, allow_nan=False).encode())
+    fsync_folder(folder)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        # This attempt saved the step before: a valid checkpoint is never replaced.
+        try:
+            load(folder)
+        except CorruptData:
+            shutil.rmtree(folder.rename(temporary_name(folder)))
+            temporary.rename(folder)
+    fsync_folder(folder.parent)
+
+
+def _description(folder: Path) -> Json:
+    path = folder / "checkpoint.json"
+    try:
+        description: Any = json.loads(path.read_bytes())
+        digest = description.pop("sha256")
+        intact = digest == hashlib.sha256(canonical(description)).hexdigest() and description["step"] == _step(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptData(f"{path} cannot be read ({error})") from error
+    if not intact:
+        raise CorruptData(f"{path} is not what was saved")
+    if bad := [name for name in description["files"] if not re.fullmatch(r"\w+\.safetensors", name)]:
+        raise CorruptData(f"{path} names {bad[0]!r}, which is no file of a checkpoint")
+    return dict(description)
+
+
+def _published(attempt: Path) -> list[Path]:
+    """The checkpoint folders of an attempt, newest first."""
+    found = (path for path in (attempt / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process left unfinished: an attempt has one writer, and that is us."""
+    for left in folder.glob(".step-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,201 @@
+"""The loop in which both trainers learn: read a batch, step, log, save, stop where nothing is lost.
+
+A run that is interrupted anywhere and continued is the run that was not interrupted, to the bit, on a CPU with the
+same number of threads and ranks: everything a step changes is in the checkpoint, and batches follow from their place.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rae.stages.job import Job
+from rae.stages.sections import TrainingSection
+from rae.stages.training.checkpoints import Groups, load, newest, save
+from rae.stages.training.data import prefetch
+from rae.stages.training.ema import EMA
+from rae.stages.training.metrics_log import Meter, MetricsLog
+from rae.stages.training.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    load_optimizer,
+    optimizer_tensors,
+    steps_per_epoch,
+    total_steps,
+)
+from rae.stages.training.ranks import Ranks, wrap
+from rae.store.errors import PartialResult, RaeError, StaleInput
+
+logger = logging.getLogger("rae.train")
+
+
+class Batch(Protocol):
+    """One rank's share of a global batch: whatever the loss needs, and the names of its samples for messages."""
+
+    @property
+    def keys(self) -> Iterable[object]: ...
+
+
+B = TypeVar("B", bound=Batch)
+Loss = Callable[[nn.Module, B], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Learner(Generic[B]):
+    """A module in training with its optimizer, schedule and EMA: all that a step changes.
+
+    `loss(forward, batch)` gives the mean loss of the batch, 0-dim, and further numbers to log; it calls `forward`
+    rather than the module: that is the module compiled, with gradients averaged over ranks. `train` asks no more of a
+    learner than `step`, `tensors` and `restore`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss[B],
+        section: TrainingSection,
+        *,
+        rows: int,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        self.model = model.to(device).train()
+        self.loss, self.section, self.ranks, self.device = loss, section, ranks, device
+        self.schedule = steps_per_epoch(section, rows), total_steps(section, rows)
+        self.forward = wrap(self.model, ranks, device)
+        self.optimizer = build_optimizer(self.model, section)
+        self.ema = EMA(self.model, section.ema_decay)
+        if section.compile:
+            self.forward.compile()
+
+    def step(self, batch: B, step: int) -> dict[str, float | Tensor]:
+        """Learn from one batch; `step` counts from 0. Raises `RaeError` if the loss is not finite."""
+        rate = learning_rate(self.section, step, *self.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.section.precision == "bf16"):
+            loss, numbers = self.loss(self.forward, batch)
+        # Read before the backward pass is queued: here a GPU waits for its next command only.
+        value = finite("loss", loss, batch, step, self.ranks)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = clip_gradients(self.model, self.section.clip_grad)
+        self.optimizer.step()
+        self.ema.update(self.model)
+        return {"loss": value, **{name: number.detach() for name, number in numbers.items()}, "grad_norm": norm}
+
+    def tensors(self) -> Groups:
+        """What a checkpoint must hold to continue."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.model),
+        }
+
+    def restore(self, tensors: Groups) -> None:
+        """Take over what `tensors` gave; `StaleInput` if that is of another model."""
+        try:
+            self.model.load_state_dict(tensors["model"])
+            self.ema.model.load_state_dict(tensors["ema"])
+            load_optimizer(self.optimizer, self.model, tensors["optimizer"])
+        except (KeyError, RuntimeError) as error:
+            raise StaleInput(f"the checkpoint is of another model ({error})") from error
+
+
+def finite(what: str, number: float | Tensor, batch: Batch, step: int, ranks: Ranks) -> float:
+    """`number` as a float; `RaeError` on every rank, with the samples in question, if it is not finite on one."""
+    value = float(number)
+    if ranks.any(not math.isfinite(value)):
+        mine = None if math.isfinite(value) else (value, [str(key) for key in batch.keys])
+        value, keys = next(report for report in ranks.gather(mine) if report is not None)
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        raise RaeError(f"the {what} became {value} at step {step + 1}, on samples {', '.join(keys[:8])}{more}")
+    return value
+
+
+def train(
+    learner: Learner[B],
+    batch: Callable[[int, int], B],
+    section: TrainingSection,
+    *,
+    rows: int,
+    job: Job,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Train to the end, from the newest checkpoint of this job's attempts if there is one; returns what it took.
+
+    `batch(epoch, step)` makes this rank's share of a global batch, in up to `section.workers` threads at once: it
+    reads and draws, and leaves arithmetic whose order of summation matters to the loss. The learner has the final
+    weights afterwards. Raises `PartialResult` or `Interrupted`, after saving, when the job is asked to stop.
+    """
+    per_epoch, total = learner.schedule
+    done, meter, attempt = _resume(learner, job, ranks)
+    log = MetricsLog(job.folder, done, attempt) if ranks.is_main else None
+    steps = range(done, total)
+    with closing(prefetch(lambda step: batch(*divmod(step, per_epoch)), steps, section.workers)) as batches:
+        mark = time.perf_counter()
+        while done < total:
+            asked = time.perf_counter()
+            item = next(batches)
+            data_wait = time.perf_counter() - asked
+            numbers = learner.step(item, done)
+            done, now = done + 1, time.perf_counter()
+            meter.add(numbers, now - mark, data_wait)
+            mark = now
+            speed = {
+                "images_per_s": meter.window.per_second(section.batch_size),
+                "data_wait": meter.window.data_wait,
+            }
+            if ranks.is_main:
+                job.progress(done, total, "steps", loss=float(numbers["loss"]), **speed)
+            if done % section.log_every == 0 or done == total:
+                meter.sums = _mean(meter.sums, ranks)
+                meter.close_window()
+                rate = learning_rate(section, done - 1, *learner.schedule)
+                if log:
+                    log.log(step=done, epoch=done / per_epoch, **meter.latest, lr=rate, **speed)
+            stop = ranks.any(job.stopping())
+            if stop or done % section.checkpoint_every == 0 or done == total:
+                finite("gradient norm", numbers["grad_norm"], item, done - 1, ranks)  # else: weights not worth keeping
+                meter.sums = _mean(meter.sums, ranks)
+                if ranks.is_main:
+                    save(job.folder, done, learner.tensors(), meter.to_json(), section.keep_checkpoints)
+                ranks.barrier()
+                job.check_stop()
+            if stop:
+                # Another rank was asked, and its `check_stop` has raised.
+                raise PartialResult(f"training stopped at step {done} of {total}; its checkpoint is saved")
+    return {
+        "steps": done,
+        "epochs": done / per_epoch,
+        **meter.latest,
+        "seconds": meter.run.seconds,
+        "images_per_s": meter.run.per_second(section.batch_size),
+        "data_wait": meter.run.data_wait,
+    }
+
+
+def _resume(learner: Learner[B], job: Job, ranks: Ranks) -> tuple[int, Meter, Path | None]:
+    """Restore the newest valid checkpoint, chosen by rank 0; steps done, the meter, and the attempt that saved it."""
+    checkpoint = newest((job.folder, *job.earlier)) if ranks.is_main else None
+    folder = ranks.broadcast(checkpoint.folder if checkpoint else None)
+    if folder is None:
+        return 0, Meter(), None
+    checkpoint = checkpoint or load(folder)
+    learner.restore(checkpoint.tensors)
+    logger.info("continued from step %d (%s)", checkpoint.step, folder)
+    return checkpoint.step, Meter.from_json(checkpoint.state), checkpoint.attempt
+
+
+def _mean(sums: dict[str, float | Tensor], ranks: Ranks) -> dict[str, float | Tensor]:
+    """The sums averaged over ranks; alone they stay where they are."""
+    if ranks.world_size == 1:
+        return sums
+    values = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64)
+    return dict(zip(sums, ranks.all_reduce_mean(values).tolist(), strict=True))

@@ -1,0 +1,124 @@
+"""The processes that train together, as torchrun starts them: who we are, our share of a batch, what we agree on."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from rae.store.errors import ConfigError
+from rae.store.order import IntArray
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world_size`. Alone (the default) nothing is communicated.
+
+    Every method that communicates must be called by all ranks, in the same order, inside `process_group`.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets; without them there is one process."""
+        read = {key: os.environ.get(key, default) for key, default in _VARIABLES.items()}
+        try:
+            return cls(*map(int, read.values()))
+        except ValueError as error:
+            raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers, and they are {read}") from error
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def device(self, kind: str) -> torch.device:
+        """This process's own device of a kind: `cuda` becomes `cuda:LOCAL_RANK`."""
+        return torch.device(kind, self.local_rank) if kind == "cuda" else torch.device(kind)
+
+    @contextmanager
+    def process_group(self, device: torch.device) -> Iterator[None]:
+        """Connect the ranks: gloo for tensors on the CPU, nccl for those on CUDA. Nothing to do alone."""
+        if self.world_size == 1:
+            yield
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, rank=self.rank, world_size=self.world_size)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
+
+    def shard(self, batch_rows: IntArray) -> IntArray:
+        """This rank's contiguous share of a global batch's rows; the shares of all ranks, in order, are the batch.
+
+        Raises `ConfigError` unless the shares are equal: only then is the mean over ranks the mean over the batch.
+        """
+        if len(batch_rows) % self.world_size:
+            raise ConfigError(f"`batch_size` {len(batch_rows)} does not divide among {self.world_size} processes")
+        share = len(batch_rows) // self.world_size
+        return batch_rows[self.rank * share : (self.rank + 1) * share]
+
+    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
+        """The mean over ranks of a floating point tensor; a new tensor, on the same device, without gradient."""
+        mean = tensor.detach().clone()
+        if self.world_size > 1:
+            distributed.all_reduce(mean)
+            mean /= self.world_size
+        return mean
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on some rank. Agreed on the CPU, so no rank waits for its GPU."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor(int(flag))
+        distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+        return bool(flags)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.any(False)
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value`, on every rank."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values)
+        return values[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in the order of the ranks."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
+
+def wrap(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
+    """`model` with its gradients averaged over ranks, and everyone's weights set to rank 0's; alone, `model` itself.
+
+    Buffers are not communicated after that: those of our models follow from the weights or never change.
+    """
+    if ranks.world_size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
