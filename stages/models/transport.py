@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.special import ndtr, ndtri
+from torch.special import ndtri
 
 from rae.store.errors import ConfigError
 
@@ -111,16 +111,18 @@ class Transport:
         divides = self.prediction != "velocity" and self.path_type != "VP"
         return (MARGIN if divides else 0.0), 1 - MARGIN
 
-    def sample_times(self, u: Tensor) -> Tensor:
-        """Training times from uniform draws `u` in [0, 1), any shape: by the inverse of the distribution, then shifted.
+    def sample_times(self, u: Tensor, normal: Tensor | None = None) -> Tensor:
+        """Training times from given draws of any shape, shifted.
 
-        `logit-normal` is logistic(standard normal), truncated to the training interval.
+        `uniform` takes `u`, uniform in [0, 1). `logit-normal` is logistic(`normal`), standard normal draws that are
+        made from `u` if not given.
         """
         low, high = self.training_interval
         if self.time_dist_type == "uniform":
-            return shift_time(low + (high - low) * u, self.time_dist_shift)
-        floor, ceiling = ndtr(torch.logit(torch.tensor([low, high], dtype=u.dtype, device=u.device)))
-        t = torch.sigmoid(ndtri(floor + (ceiling - floor) * u)).clamp(low, high)
+            t = low + (high - low) * u
+        else:
+            # The interval's ends are 6.9 standard deviations out, so clamping is truncation.
+            t = torch.sigmoid(ndtri(u) if normal is None else normal).clamp(low, high)
         return shift_time(t, self.time_dist_shift)
 
     def sampling_times(self, num_steps: int) -> Tensor:
