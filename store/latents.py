@@ -1,0 +1,253 @@
+"""Reading latents: rows by number, batches in an order that is the same for any number of ranks.
+
+Rows count valid samples, in slot order. Nothing is read at opening but the array's metadata and a line per part;
+shards are mapped when a row of theirs is asked for, and no row is looked at that is not asked for.
+"""
+
+import json
+import resource
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from rae.store.errors import ConfigError, CorruptData, MissingInput
+from rae.store.latents_index import (
+    INDEX_FILE,
+    INDEX_SCHEMA,
+    PADDING,
+    PARTS_FILE,
+    PARTS_SCHEMA,
+    integers,
+    open_table,
+    read_columns,
+)
+from rae.store.latents_verify import Problem, verify
+from rae.store.layout import ARRAY_FILE, STATS_FILE, LatentLayout
+from rae.store.order import IntArray, batch_rows, draw, steps_per_epoch
+from rae.store.stats import LatentStats
+from rae.store.zarr_shard import Shard, check_size
+
+Latents = npt.NDArray[Any]
+
+IDENTITY = 0  # the view of a sample as it is; view 1 is its horizontal flip
+
+
+class LatentSample(TypedDict):
+    """One row: latent [C, H, W], class label (-1: none), key."""
+
+    latent: Latents
+    label: int
+    key: str
+
+
+class LatentBatch(TypedDict):
+    """B rows: latents [B, C, H, W], labels [B] (-1: none), row numbers [B], views [B]; all numbers int64."""
+
+    latent: Latents
+    label: IntArray
+    row: IntArray
+    view: IntArray
+
+
+class LatentStore:
+    """A finished latent store in a folder, read-only.
+
+    Items and batches are whitened with the store's own statistics, float32, unless `raw`: then they are what the
+    encoder gave, in the stored dtype. `len` counts valid rows. Raises `MissingInput` or `CorruptData`, naming the
+    file, where something is not there or does not fit; a shard is looked at when it is first needed, and all of them
+    by `verify`. Can be pickled, which carries the folder and opens anew.
+    """
+
+    def __init__(self, folder: str | Path, raw: bool = False) -> None:
+        self.folder = Path(folder)
+        self.raw = raw
+        metadata = _read_json(self.folder / ARRAY_FILE)
+        self.layout, self.slots = LatentLayout.from_array_metadata(metadata, str(self.folder / ARRAY_FILE))
+        parts = read_columns(self.folder / PARTS_FILE, PARTS_SCHEMA, ["part", "slots", "rows", "bytes"])
+        rows, self._bytes = integers(parts, "rows"), integers(parts, "bytes")
+        numbered = np.array_equal(integers(parts, "part"), np.arange(parts.num_rows))
+        if not numbered or parts.num_rows * self.layout.rows_per_part != self.slots:
+            raise CorruptData(f"{self.folder / PARTS_FILE} lists other parts than {ARRAY_FILE} has room for")
+        self._has_holes = rows < integers(parts, "slots")
+        self._first_row = np.concatenate([[0], np.cumsum(rows)])
+        self._shard = lru_cache(_open_files() // 2)(self._open_shard)
+
+    def __reduce__(self) -> tuple[type["LatentStore"], tuple[Path, bool]]:
+        return LatentStore, (self.folder, self.raw)
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one latent."""
+        return self.layout.latent_shape
+
+    @property
+    def views(self) -> int:
+        """How many views of each sample are stored: the identity, then its horizontal flip."""
+        return self.layout.views
+
+    @cached_property
+    def stats(self) -> LatentStats:
+        """Mean and variance [C, H, W] over all valid rows and views."""
+        stats = LatentStats.load(self.folder / STATS_FILE)
+        if stats.mean.shape != self.shape or stats.variance.shape != self.shape:
+            raise CorruptData(
+                f"{self.folder / STATS_FILE} holds statistics of shape {stats.mean.shape}, not {self.shape}"
+            )
+        return stats
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """`manifest.json`; empty while the store is not published."""
+        path = self.folder / "manifest.json"
+        return _read_json(path) if path.exists() else {}
+
+    @cached_property
+    def labels(self) -> IntArray:
+        """Class label of each row, -1 where there is none."""
+        return np.asarray(pc.fill_null(self._valid_column("label"), -1).to_numpy(), dtype=np.int64)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Key of each row."""
+        keys: list[str] = self._valid_column("key").to_pylist()
+        return keys
+
+    def invalid_rows(self) -> list[dict[str, Any]]:
+        """Samples without a latent, in slot order: slot, key, label, source_shard (its number), reason."""
+        file = open_table(self.folder / INDEX_FILE, INDEX_SCHEMA)
+        found: list[dict[str, Any]] = []
+        for batch in file.iter_batches(columns=["slot", "key", "label", "source_shard", "valid", "reason"]):
+            wanted = pc.and_(pc.invert(batch["valid"]), pc.not_equal(batch["reason"], PADDING))
+            found += batch.filter(wanted).drop_columns(["valid"]).to_pylist()
+        return found
+
+    def __getitem__(self, row: int) -> LatentSample:
+        """Row number `row` as it is, not flipped; negative numbers count from the end."""
+        number = range(len(self))[row]  # IndexError as for any sequence
+        latent = self.rows([number], [IDENTITY])[0]
+        return {
+            "latent": latent if self.raw else self.stats.whiten(latent),
+            "label": int(self.labels[number]),
+            "key": self.keys[number],
+        }
+
+    def rows(self, rows: npt.ArrayLike, views: npt.ArrayLike) -> Latents:
+        """Raw latents [B, C, H, W] in the stored dtype, of `rows` [B] in the given `views` [B] (or one for all)."""
+        places = self._places(np.asarray(rows, dtype=np.int64))
+        chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), places[0].shape)
+        if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.views:
+            raise IndexError(f"a store of {self.views} view(s) was asked for views {chosen.min()} to {chosen.max()}")
+        latents = np.empty((chosen.size, *self.shape), self.layout.stored_dtype)
+        targets = latents.reshape(chosen.size, -1).view(np.uint8)
+        for target, part, row, view in zip(targets, *(place.tolist() for place in (*places, chosen)), strict=True):
+            target[:] = self._shard(part).chunk(row, view)
+        return latents
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        horizontal_flip: bool | None = None,
+        raw: bool | None = None,
+    ) -> Iterator[LatentBatch]:
+        """The batches of one shuffled epoch from `start_step` on, each announced to the system one step ahead.
+
+        `batch_size` is that of all ranks together; each of `world_size` ranks gets its share of the same global
+        batches (`rae.store.order`). The remainder of an epoch is dropped. A row's view is drawn from (seed, "view",
+        epoch, row) if both are stored; `horizontal_flip` True insists on that, False reads the identity alone. `raw`
+        overrides the store's own. Raises `ConfigError` for sizes that do not fit.
+        """
+        if horizontal_flip and self.views < 2:
+            raise ConfigError(f"`horizontal_flip` needs flipped views, and {self.folder} stores one view of each image")
+        if batch_size > len(self):
+            raise ConfigError(f"`batch_size` {batch_size} is larger than the {len(self)} rows of {self.folder}")
+        steps = range(start_step, steps_per_epoch(len(self), batch_size))
+        shares = (batch_rows(len(self), batch_size, seed, epoch, step, rank, world_size) for step in steps)
+        flips = horizontal_flip is not False
+        drawn = ((rows, self.draw_views(rows, seed, epoch) if flips else np.zeros_like(rows)) for rows in shares)
+        return self._batches(drawn, self.raw if raw is None else raw)
+
+    def draw_views(self, rows: IntArray, seed: int, epoch: int) -> IntArray:
+        """The view in which each row appears in an epoch, all stored ones equally likely. int64, shape of `rows`."""
+        return (draw(seed, "view", epoch, rows) * self.views).astype(np.int64)
+
+    def verify(self, mode: Literal["quick", "full"] = "quick") -> list[Problem]:
+        """What is wrong, naming file or row: `quick` looks at sizes and metadata, `full` reads every byte."""
+        return verify(self.folder, mode)
+
+    def _batches(self, drawn: Iterator[tuple[IntArray, IntArray]], raw: bool) -> Iterator[LatentBatch]:
+        upcoming = next(drawn, None)
+        while upcoming is not None:
+            rows, views = upcoming
+            upcoming = next(drawn, None)
+            if upcoming is not None:
+                self._announce(*upcoming)
+            latents = self.rows(rows, views)
+            yield {
+                "latent": latents if raw else self.stats.whiten(latents),
+                "label": self.labels[rows],
+                "row": rows,
+                "view": views,
+            }
+
+    def _announce(self, rows: IntArray, views: IntArray) -> None:
+        parts, places = self._places(rows)
+        for part, row, view in zip(parts.tolist(), places.tolist(), views.tolist(), strict=True):
+            self._shard(part).announce(row, view)
+
+    def _places(self, rows: IntArray) -> tuple[IntArray, IntArray]:
+        """Part and row in the part of each row. Only parts with invalid rows need their shard's index for that."""
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} were asked of a store of {len(self)}")
+        parts = np.searchsorted(self._first_row, rows, side="right") - 1
+        places = rows - self._first_row[parts]
+        for part in np.unique(parts[self._has_holes[parts]]).tolist():
+            here = parts == part
+            places[here] = self._shard(part).valid_rows[places[here]]
+        return parts, places
+
+    def _open_shard(self, part: int) -> Shard:
+        path = self.folder / self.layout.shard_key(part)
+        check_size(path, int(self._bytes[part]))
+        shard = Shard(path, self.layout.rows_per_part, self.views, self.layout.latent_bytes)
+        rows = int(self._first_row[part + 1] - self._first_row[part])
+        if shard.valid_rows.size != rows:
+            raise CorruptData(f"{shard.path} holds {shard.valid_rows.size} rows and is listed with {rows}")
+        return shard
+
+    def _valid_column(self, column: str) -> Any:
+        table = read_columns(self.folder / INDEX_FILE, INDEX_SCHEMA, [column, "valid"])
+        values = table[column].filter(table["valid"])
+        if table.num_rows != self.slots or len(values) != len(self):
+            raise CorruptData(f"{self.folder / INDEX_FILE} has {len(values)} valid rows, {PARTS_FILE} {len(self)}")
+        return values
+
+
+def _open_files() -> int:
+    """How many files a process may have open: a map holds one."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 65_536 if limit == resource.RLIM_INFINITY else max(16, min(limit, 65_536))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise MissingInput(f"{path.parent} holds no finished latents: {path} is missing") from error
+    except ValueError as error:
+        raise CorruptData(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CorruptData(f"{path} is not a JSON object")
+    return value

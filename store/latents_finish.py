@@ -1,0 +1,146 @@
+"""Turns recorded parts into a store that opens at once: what is done, and the metadata of the whole."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rae.store.errors import CorruptData, MissingInput
+from rae.store.latents_index import (
+    INDEX_FILE,
+    INDEX_SCHEMA,
+    PARTS_FILE,
+    PARTS_SCHEMA,
+    TableWriter,
+    index_groups,
+    parts_table,
+)
+from rae.store.layout import ARRAY_FILE, GROUP_FILE, GROUP_METADATA, STATS_FILE, LatentLayout, Part
+from rae.store.part_record import FOLDER, PartRecord, content_digest, moments_path, record_path
+from rae.store.publish import publish_bytes
+from rae.store.stats import LatentStats, Moments
+from rae.store.zarr_shard import check_size
+
+_RECORD_NAME = re.compile(r"(\d{6,})\.json")
+
+
+@dataclass(frozen=True)
+class LatentsSummary:
+    """A finished store: its logical digest, images with and without a latent, why some have none, bytes of latents.
+
+    `files` is every file of it, below the folder that was finished.
+    """
+
+    content: str
+    rows: int
+    invalid_rows: int
+    reasons: Counter[str]
+    bytes: int
+    files: tuple[Path, ...]
+
+
+def completed_parts(folder: Path, layout: LatentLayout, parts: Sequence[Part]) -> set[int]:
+    """Numbers of the parts that are recorded; the existence of their latents alone says nothing.
+
+    Reads names, not records. Raises `CorruptData` for the record of a part that is not planned or has no file.
+    """
+    names = [path.name for path in (folder / FOLDER).iterdir()] if (folder / FOLDER).is_dir() else []
+    done = {int(match[1]) for name in names if (match := _RECORD_NAME.fullmatch(name))}
+    if foreign := sorted(done - {part.number for part in parts}):
+        raise CorruptData(
+            f"{record_path(folder, foreign[0])} records a part that is not among the {len(parts)} planned"
+        )
+    for number in sorted(done):
+        if not (folder / layout.shard_key(number)).exists():
+            raise MissingInput(f"part {number} is recorded and its file {folder / layout.shard_key(number)} is missing")
+    return done
+
+
+def finish(folder: Path, layout: LatentLayout, parts: Sequence[Part], sources: Sequence[str]) -> LatentsSummary:
+    """Write `zarr.json`, `latents/zarr.json`, `index.parquet`, `parts.parquet` and `stats.npz` from the records.
+
+    `sources` are the digests of the source shards, in order. May be called again and by several processes at once:
+    the result is a function of the records. Reads one record at a time; memory holds a row group and a line per part.
+    Raises `MissingInput` if a part is not recorded, `CorruptData` if a file does not fit its record or no row is valid.
+    """
+    if not parts:
+        raise MissingInput(f"there is nothing to finish in {folder}: the source has no samples")
+    tally = _Tally(folder, layout, sources)
+    with TableWriter(folder / INDEX_FILE, INDEX_SCHEMA) as index:
+        for group in index_groups(tally.counting(parts), layout):
+            index.write(group)
+        content = content_digest(layout, [line["content"] for line in tally.lines])
+        if tally.moments is None or tally.moments.count == 0:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in tally.reasons.most_common(3))
+            raise CorruptData(f"none of the {tally.reasons.total()} images gave a latent ({reasons})")
+        index.publish(content)
+    with TableWriter(folder / PARTS_FILE, PARTS_SCHEMA) as table:
+        table.write(parts_table(tally.lines))
+        table.publish(content)
+    _publish_once(folder / STATS_FILE, LatentStats.of(tally.moments).to_bytes())
+    metadata = layout.array_metadata(len(parts) * layout.rows_per_part)
+    _publish_once(folder / ARRAY_FILE, _pretty(metadata))
+    _publish_once(folder / GROUP_FILE, _pretty(GROUP_METADATA))
+    for leftover in (folder / FOLDER).glob(".*.partial"):
+        leftover.unlink(missing_ok=True)
+    rows = sum(line["rows"] for line in tally.lines)
+    size = sum(line["bytes"] for line in tally.lines)
+    files = tuple(_files(folder, layout, parts))
+    return LatentsSummary(content, rows, tally.reasons.total(), tally.reasons, size, files)
+
+
+def _files(folder: Path, layout: LatentLayout, parts: Iterable[Part]) -> Iterator[Path]:
+    for name in (GROUP_FILE, ARRAY_FILE, INDEX_FILE, PARTS_FILE, STATS_FILE):
+        yield folder / name
+    for part in parts:
+        yield folder / layout.shard_key(part.number)
+        yield record_path(folder, part.number)
+        yield moments_path(folder, part.number)
+
+
+@dataclass
+class _Tally:
+    """What `finish` gathers from the records as they pass."""
+
+    folder: Path
+    layout: LatentLayout
+    sources: Sequence[str]
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    moments: Moments | None = None
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def counting(self, parts: Iterable[Part]) -> Iterator[PartRecord]:
+        for part in parts:
+            record = PartRecord.load(self.folder, self.layout, part)
+            check_size(self.folder / record.shard_key, record.bytes)
+            moments = Moments.load(moments_path(self.folder, part.number))
+            if moments.mean.shape != self.layout.latent_shape or moments.count != record.rows * self.layout.views:
+                raise CorruptData(f"{moments_path(self.folder, part.number)} is not of the rows in its record")
+            self.moments = moments if self.moments is None else self.moments.merge(moments)
+            self.reasons.update(reason for reason in record.index["reason"] if reason is not None)
+            self.lines.append(
+                {
+                    "part": part.number,
+                    "source_shard": part.source_shard,
+                    "source_sha256": self.sources[part.source_shard],
+                    "first_sample": part.first_sample,
+                    "slots": part.count,
+                    "rows": record.rows,
+                    "bytes": record.bytes,
+                    "sha256": record.sha256,
+                    "content": record.content(),
+                }
+            )
+            yield record
+
+
+def _publish_once(path: Path, data: bytes) -> None:
+    if not publish_bytes(path, data) and path.read_bytes() != data:
+        raise CorruptData(f"{path} is there already and belongs to other latents than the parts beside it")
+
+
+def _pretty(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

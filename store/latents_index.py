@@ -1,0 +1,148 @@
+"""The two tables of a latent store: `index.parquet`, a line per slot, and `parts.parquet`, a line per part.
+
+`parts.parquet` is what a reader opens: it says how many rows lie in which part without a walk over rows or records.
+Both are written as streams from the parts' records, with fixed options, and carry the store's content digest in their
+metadata under `rae.content`.
+"""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rae.store.errors import CorruptData, MissingInput
+from rae.store.layout import LatentLayout
+from rae.store.part_record import PartRecord
+from rae.store.publish import publish_file, temporary_name
+
+INDEX_FILE = "index.parquet"
+PARTS_FILE = "parts.parquet"
+PADDING = "padding"
+SLOTS_PER_GROUP = 65_536
+CONTENT_KEY = b"rae.content"
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("slot", pa.int64(), nullable=False),
+        pa.field("key", pa.string()),
+        pa.field("label", pa.int64()),
+        pa.field("source_shard", pa.int32(), nullable=False),
+        pa.field("image_sha256", pa.string()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("valid", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+)
+PARTS_SCHEMA = pa.schema(
+    [
+        pa.field("part", pa.int32(), nullable=False),
+        pa.field("source_shard", pa.int32(), nullable=False),
+        pa.field("source_sha256", pa.string(), nullable=False),
+        pa.field("first_sample", pa.int64(), nullable=False),
+        pa.field("slots", pa.int32(), nullable=False),
+        pa.field("rows", pa.int32(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("content", pa.string(), nullable=False),
+    ]
+)
+
+
+def index_table(record: PartRecord, layout: LatentLayout) -> pa.Table:
+    """The R index rows of one part, padding included."""
+    slots, padding = layout.rows_per_part, layout.rows_per_part - record.slots
+    columns: dict[str, Any] = {name: values + [None] * padding for name, values in record.index.items()}
+    columns["reason"] = record.index["reason"] + [PADDING] * padding
+    columns["slot"] = np.arange(slots) + record.part * slots
+    columns["source_shard"] = np.full(slots, record.source_shard)
+    columns["valid"] = np.array([checksums is not None for checksums in record.row_crc32c] + [False] * padding)
+    try:
+        return pa.table([pa.array(columns[field.name], field.type) for field in INDEX_SCHEMA], schema=INDEX_SCHEMA)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise CorruptData(f"the record of part {record.part} holds a value that the index cannot ({error})") from error
+
+
+def index_groups(records: Iterable[PartRecord], layout: LatentLayout) -> Iterator[pa.Table]:
+    """The tables of `index.parquet`'s row groups: a fixed number of whole parts each."""
+    parts_per_group = max(1, SLOTS_PER_GROUP // layout.rows_per_part)
+    remaining = iter(records)
+    while group := list(itertools.islice(remaining, parts_per_group)):
+        yield pa.concat_tables(index_table(record, layout) for record in group).combine_chunks()
+
+
+def parts_table(lines: Sequence[dict[str, Any]]) -> pa.Table:
+    """`parts.parquet` from one dict per part."""
+    return pa.Table.from_pylist(list(lines), schema=PARTS_SCHEMA)
+
+
+class TableWriter:
+    """Writes one of the tables under a temporary name; `publish` gives it its own if no other writer was first."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path = path
+        self._temporary = temporary_name(path)
+        self._writer = pq.ParquetWriter(self._temporary, schema, compression="zstd", version="2.6")
+
+    def write(self, table: pa.Table) -> None:
+        """Append one row group."""
+        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+
+    def publish(self, content: str) -> None:
+        """Make the table durable and known; `CorruptData` if a table of another content has the name."""
+        self._writer.add_key_value_metadata({CONTENT_KEY.decode(): content})
+        self._writer.close()
+        with open(self._temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if not publish_file(self._temporary, self._path) and table_content(self._path) != content:
+            raise CorruptData(f"{self._path} is there already and belongs to other latents than the parts beside it")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._writer.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def open_table(path: Path, schema: pa.Schema) -> pq.ParquetFile:
+    """A table open for reading; `MissingInput` or `CorruptData` names the file."""
+    try:
+        file = pq.ParquetFile(path)
+    except FileNotFoundError as error:
+        raise MissingInput(f"the table {path} is missing") from error
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptData(f"the table {path} cannot be read ({error})") from error
+    if not file.schema_arrow.equals(schema):
+        raise CorruptData(f"{path} does not have the columns of a latent store")
+    return file
+
+
+def table_content(path: Path) -> str | None:
+    """The content digest that a table carries."""
+    metadata = pq.read_metadata(path).metadata or {}
+    content = metadata.get(CONTENT_KEY)
+    return content.decode() if content is not None else None
+
+
+def read_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a table; `MissingInput` or `CorruptData` names the file."""
+    file = open_table(path, schema)
+    try:
+        return file.read(columns=list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptData(f"the table {path} is damaged ({error})") from error
+
+
+def integers(table: pa.Table, column: str) -> npt.NDArray[np.int64]:
+    """A column of integers without nulls, as int64."""
+    return np.asarray(table[column].to_numpy(), dtype=np.int64)

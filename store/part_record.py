@@ -1,0 +1,128 @@
+"""The record of a finished part, `parts/NNNNNN.json`: written last, so that a part is done exactly if it exists.
+
+The rows are kept by column. `row_crc32c` holds, per row, the crc32c of each view's stored bytes, or null for a row
+that has no latent; `index.reason` says why.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypedDict
+
+from rae.store.errors import CorruptData, MissingInput
+from rae.store.layout import LatentLayout, Part
+from rae.store.manifest import canonical
+
+SCHEMA = 1
+FOLDER = "parts"
+COLUMNS = ("key", "label", "image_sha256", "width", "height", "reason")
+
+
+class IndexRow(TypedDict):
+    """What the index keeps of an image besides its latent.
+
+    `label` is None where the source has none, `sha256` (hex, of the encoded image's bytes) where they could not be
+    read, `width` and `height` (pixels, as decoded) where they could not be decoded.
+    """
+
+    key: str
+    label: int | None
+    sha256: str | None
+    width: int | None
+    height: int | None
+
+
+def content_digest(layout: LatentLayout, part_contents: Sequence[str]) -> str:
+    """A store's logical digest, over shape, dtype and the digests of its parts' decoded rows and index rows, in order.
+
+    Neither compression nor the layout of bytes in files shows in it.
+    """
+    shape = [len(part_contents) * layout.rows_per_part, *layout.row_shape]
+    value = {"dtype": layout.dtype, "shape": shape, "parts": list(part_contents)}
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def record_path(folder: Path, number: int) -> Path:
+    """Where the record of a part lies below a store's folder."""
+    return folder / FOLDER / f"{number:06d}.json"
+
+
+def moments_path(folder: Path, number: int) -> Path:
+    """Where the (count, mean, M2) of a part lie below a store's folder."""
+    return folder / FOLDER / f"{number:06d}.npz"
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """A part's place, the digests of its files, and its rows."""
+
+    part: int
+    source_shard: int
+    first_sample: int
+    slots: int
+    shard_key: str
+    bytes: int
+    sha256: str
+    statistics: dict[str, str]  # {"file", "sha256"} of the part's moments
+    row_crc32c: list[list[int] | None]
+    index: dict[str, list[Any]]
+
+    @property
+    def rows(self) -> int:
+        """How many rows have a latent."""
+        return sum(checksums is not None for checksums in self.row_crc32c)
+
+    def content(self) -> str:
+        """Digest of what a reader sees of the part: index rows and checksums of decoded latents, not files."""
+        return hashlib.sha256(canonical({"index": self.index, "row_crc32c": self.row_crc32c})).hexdigest()
+
+    def to_json(self) -> str:
+        return canonical({"schema": SCHEMA, **vars(self)}).decode() + "\n"
+
+    @classmethod
+    def load(cls, folder: Path, layout: LatentLayout, part: Part) -> Self:
+        """Read a part's record and hold it against the plan.
+
+        `MissingInput` if there is none; `CorruptData`, naming it, if it is damaged or records another part.
+        """
+        path = record_path(folder, part.number)
+        try:
+            value = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise MissingInput(f"part {part.number} of {folder} is not finished: {path} is missing") from error
+        except ValueError as error:
+            raise CorruptData(f"the record {path} is not JSON ({error})") from error
+        if not isinstance(value, dict) or value.pop("schema", None) != SCHEMA or set(value) != set(cls.__annotations__):
+            raise CorruptData(f"{path} is not the record of a part that this version of rae reads")
+        expected = {
+            "part": part.number,
+            "source_shard": part.source_shard,
+            "first_sample": part.first_sample,
+            "slots": part.count,
+            "shard_key": layout.shard_key(part.number),
+        }
+        differing = [f"{key}: {value[key]!r}, planned {plan!r}" for key, plan in expected.items() if value[key] != plan]
+        if differing:
+            raise CorruptData(f"{path} records another part than planned ({'; '.join(differing)})")
+        _check_rows(value, layout.views, path)
+        return cls(**value)
+
+
+def _check_rows(value: Mapping[str, Any], views: int, path: Path) -> None:
+    slots, checksums, index, statistics = (value[key] for key in ("slots", "row_crc32c", "index", "statistics"))
+    columns = [checksums, *index.values()] if isinstance(index, dict) else []
+    good = (
+        isinstance(value["bytes"], int)
+        and isinstance(value["sha256"], str)
+        and isinstance(statistics, dict)
+        and set(statistics) == {"file", "sha256"}
+        and isinstance(index, dict)
+        and set(index) == set(COLUMNS)
+        and all(isinstance(column, list) and len(column) == slots for column in columns)
+        and all(row is None or (isinstance(row, list) and len(row) == views) for row in checksums)
+        and [row is None for row in checksums] == [isinstance(reason, str) for reason in index["reason"]]
+    )
+    if not good:
+        raise CorruptData(f"the rows in {path} are damaged: its columns do not fit its {slots} slots")

@@ -1,0 +1,135 @@
+"""One file of a Zarr v3 sharded array, written as a stream and read through a memory map.
+
+The codec is `sharding_indexed` with its index at the end (Zarr v3 core specification, "sharding codec" 1.0): inner
+chunks, then a table of little-endian (offset, bytes) per chunk in which 2^64 - 1 stands for a chunk that is not there,
+then the crc32c of that table. Inner chunks here are one latent each, uncompressed, one after another from offset 0:
+where a latent's size is a multiple of 4096 bytes, each lies on a page boundary.
+"""
+
+import hashlib
+import mmap
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from rae.store.errors import CorruptData, MissingInput
+
+ABSENT = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+_CRC_BYTES = 4
+_HASH_BLOCK = 1 << 22
+
+
+def crc32c(array: npt.NDArray[Any]) -> int:
+    """The crc32c of a C-contiguous array's bytes."""
+    return int(google_crc32c.value(array.reshape(-1).view(np.uint8)))
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raise `MissingInput` or `CorruptData` unless the shard file `path` has `size` bytes."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError as error:
+        raise MissingInput(f"the shard {path} is missing") from error
+    if found < size:
+        raise CorruptData(f"the shard {path} is truncated: {found} of {size} bytes")
+    if found > size:
+        raise CorruptData(f"the shard {path} has {found} bytes and was recorded with {size}")
+
+
+class ShardWriter:
+    """Streams the inner chunks of one shard into `file`; memory does not grow with the shard."""
+
+    def __init__(self, file: BinaryIO, chunks: int) -> None:
+        self._file = file
+        self._index = np.full((chunks, 2), ABSENT, dtype="<u8")
+        self._sha256 = hashlib.sha256()
+        self.bytes_written = 0
+
+    def append(self, chunk: int, values: npt.NDArray[Any]) -> None:
+        """Write inner chunk number `chunk` (C order over the shard's chunks), C-contiguous, in the stored dtype."""
+        self._index[chunk] = (self.bytes_written, values.nbytes)
+        self._write(values)
+
+    def finish(self) -> str:
+        """Write the index behind the chunks; returns the sha256 of the whole file."""
+        footer = np.frombuffer(self._index.tobytes() + crc32c(self._index).to_bytes(_CRC_BYTES, "little"), np.uint8)
+        self._write(footer)
+        return self._sha256.hexdigest()
+
+    def _write(self, values: npt.NDArray[Any]) -> None:
+        data = values.reshape(-1).view(np.uint8)
+        self._file.write(data.data)
+        self._sha256.update(data.data)
+        self.bytes_written += data.nbytes
+
+
+class Shard:
+    """A shard file open for reading: its index, checked once, and a read-only memory map.
+
+    Raises `MissingInput` where there is no file and `CorruptData`, naming the file, where it is not a whole shard of
+    `rows` x `views` chunks of `chunk_bytes` bytes each.
+    """
+
+    def __init__(self, path: Path, rows: int, views: int, chunk_bytes: int) -> None:
+        self.path = path
+        index_bytes = rows * views * 16 + _CRC_BYTES
+        try:
+            with open(path, "rb") as file:
+                size = file.seek(0, 2)
+                if size < index_bytes:
+                    raise CorruptData(f"{path} is truncated: {size} bytes, and its index alone takes {index_bytes}")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError as error:
+            raise MissingInput(f"the shard {path} is missing") from error
+        footer = self._map[size - index_bytes :]
+        index = np.frombuffer(footer, "<u8", rows * views * 2).reshape(rows, views, 2)
+        if crc32c(index) != int.from_bytes(footer[-_CRC_BYTES:], "little"):
+            raise CorruptData(f"{path} is truncated or damaged: the checksum of its index does not hold")
+        self._check_index(index, size - index_bytes, chunk_bytes)
+        self._offsets = index[..., 0]
+        self._views = views
+        self._chunk_bytes = chunk_bytes
+
+    def _check_index(self, index: npt.NDArray[np.uint64], payload: int, chunk_bytes: int) -> None:
+        present = index[..., 0] != ABSENT
+        offsets, sizes = index[present].T
+        if not (present == present[:, :1]).all() or (sizes != chunk_bytes).any():
+            raise CorruptData(
+                f"{self.path} is not a shard of latents of {chunk_bytes} bytes, all views of a row or none"
+            )
+        if payload < chunk_bytes * offsets.size or (offsets > max(0, payload - chunk_bytes)).any():
+            raise CorruptData(f"{self.path} is truncated: its index points behind its {payload} bytes of latents")
+
+    @property
+    def valid_rows(self) -> npt.NDArray[np.intp]:
+        """Rows of the shard, ascending, whose latents are there."""
+        return np.flatnonzero(self._offsets[:, 0] != ABSENT)
+
+    def chunk(self, row: int, view: int) -> npt.NDArray[np.uint8]:
+        """The bytes of one latent, in the map; `CorruptData` if the slot is empty."""
+        return np.frombuffer(self._map, np.uint8, self._chunk_bytes, self._offset(row, view))
+
+    def announce(self, row: int, view: int) -> None:
+        """Ask the system to read one latent ahead; returns at once."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            offset = self._offset(row, view)
+            start = offset - offset % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, start, offset + self._chunk_bytes - start)
+
+    def _offset(self, row: int, view: int) -> int:
+        offset = self._offsets[row, view]
+        if offset == ABSENT:
+            raise CorruptData(f"{self.path} has no latent of row {row}, which the store counts as valid")
+        return int(offset)
