@@ -1,0 +1,98 @@
+"""The Fréchet distance between two sets of features, and the moments that it is computed from.
+
+FID (Heusel et al. 2017, arXiv:1706.08500, equation 6) is this distance on Inception features.
+"""
+
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rae.store.errors import ConfigError, CorruptData, StaleInput
+
+
+class Moments:
+    """Mean and covariance of features that arrive in batches, in float64.
+
+    Batches are merged with the pairwise update of Chan et al. (1983), which does not cancel for features far from
+    zero. The order and size of the batches change the last bits only.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self.mean: NDArray[np.float64] = np.zeros(dim)
+        self._scatter: NDArray[np.float64] = np.zeros((dim, dim))  # sum of outer products of deviations from the mean
+
+    @classmethod
+    def of(cls, features: NDArray[Any]) -> Self:
+        """The moments of features [N, D]."""
+        return cls(features.shape[1]).update(features)
+
+    @property
+    def dim(self) -> int:
+        """Number of features, D."""
+        return self.mean.size
+
+    @property
+    def cov(self) -> NDArray[np.float64]:
+        """Covariance [D, D], divided by N - 1. Raises ConfigError for fewer than two samples."""
+        if self.count < 2:
+            raise ConfigError(f"A covariance needs at least 2 images, got {self.count}.")
+        return self._scatter / (self.count - 1)
+
+    def update(self, features: NDArray[Any]) -> Self:
+        """Takes in features [N, D]. Raises CorruptData for one that is not finite, StaleInput for another D."""
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise StaleInput(f"Features of shape {features.shape} do not fit moments of {self.dim} dimensions.")
+        finite = np.isfinite(features).all(axis=1)
+        if not finite.all():
+            bad = self.count + int(np.argmin(finite))
+            raise CorruptData(f"The features of image {bad} are not finite (counted from 0).")
+        if len(features):
+            mean = features.mean(axis=0, dtype=np.float64)
+            deviations = features - mean
+            self._absorb(len(features), mean, deviations.T @ deviations)
+        return self
+
+    def merge(self, other: "Moments") -> Self:
+        """Takes in what `other` has seen. Raises StaleInput if its dimension differs."""
+        if other.dim != self.dim:
+            raise StaleInput(f"Moments of {other.dim} dimensions do not fit moments of {self.dim} dimensions.")
+        if other.count:
+            self._absorb(other.count, other.mean, other._scatter)
+        return self
+
+    def _absorb(self, count: int, mean: NDArray[np.float64], scatter: NDArray[np.float64]) -> None:
+        total = self.count + count
+        shift = mean - self.mean
+        self.mean = self.mean + shift * (count / total)
+        self._scatter = self._scatter + scatter + np.outer(shift, shift) * (self.count * count / total)
+        self.count = total
+
+
+def frechet_distance(a: Moments | NDArray[Any], b: Moments | NDArray[Any]) -> float:
+    """Squared Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two Gaussians, at least 0, in float64.
+
+    `a` and `b` are moments or features [N, D]. The trace of (S1 S2)^(1/2) is the sum of the singular values of
+    S1^(1/2) S2^(1/2), taken on the subspaces where S1 and S2 are not zero: exact with fewer samples than dimensions,
+    where a matrix square root of S1 S2 is not.
+
+    Raises ConfigError for fewer than two samples, StaleInput if the dimensions differ, CorruptData for features that
+    are not finite.
+    """
+    a = a if isinstance(a, Moments) else Moments.of(a)
+    b = b if isinstance(b, Moments) else Moments.of(b)
+    if a.dim != b.dim:
+        raise StaleInput(f"Features of {a.dim} and of {b.dim} dimensions cannot be compared.")
+    cov_a, cov_b = a.cov, b.cov
+    overlap = np.linalg.svd(_root(cov_a).T @ _root(cov_b), compute_uv=False).sum()
+    shift = a.mean - b.mean
+    return max(0.0, float(shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap))
+
+
+def _root(cov: NDArray[np.float64]) -> NDArray[np.float64]:
+    """R [D, rank] with R R^T = `cov`; directions whose variance is rounding noise are left out."""
+    variances, directions = np.linalg.eigh(cov)
+    kept = variances > len(cov) * np.finfo(np.float64).eps * max(variances[-1], 0.0)
+    root: NDArray[np.float64] = directions[:, kept] * np.sqrt(variances[kept])
+    return root

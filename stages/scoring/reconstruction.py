@@ -1,0 +1,60 @@
+"""How close a reconstruction is to its original: PSNR and SSIM. Images are uint8 [N, H, W, 3]."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from rae.store.errors import ConfigError, StaleInput
+
+MAX_PSNR_DB = 100.0
+"""What identical images count as. One grey level off in one channel of one pixel of 256x256 is 101 dB."""
+
+_SSIM_BORDER = 5  # pixels: half of the Gaussian window of 11 x 11, sigma 1.5, of Wang et al. 2004
+_BLOCK = 32  # images in memory as float64 at a time
+
+
+def psnr_db(reference: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio in dB, the mean over the images of each image's own; at most `MAX_PSNR_DB` each.
+
+    The data range is 1.0 with pixels in [0, 1]. Raises StaleInput if the two sets differ in shape, ConfigError if
+    they are empty.
+    """
+    errors = [np.square(a - b).mean(axis=(1, 2, 3)) for a, b in _pairs(reference, reconstruction)]
+    smallest = 10 ** (-MAX_PSNR_DB / 10)
+    return float((-10 * np.log10(np.maximum(np.concatenate(errors), smallest))).mean())
+
+
+def ssim(reference: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> float:
+    """Structural similarity in [-1, 1], the mean over the images (Wang et al. 2004), data range 1.0, on RGB.
+
+    Computed by torchmetrics in float64, images mirrored at their borders. Raises StaleInput if the two sets differ
+    in shape, ConfigError if they are empty or too small to be mirrored.
+    """
+    if min(reference.shape[1:3]) <= _SSIM_BORDER:
+        size = f"{reference.shape[1]}x{reference.shape[2]}"
+        raise ConfigError(f"SSIM needs images of more than {_SSIM_BORDER} pixels a side, and these have {size}.")
+    values = []
+    for a, b in _pairs(reference, reconstruction):
+        target, preds = (torch.from_numpy(pixels).permute(0, 3, 1, 2) for pixels in (a, b))
+        value = structural_similarity_index_measure(preds, target, sigma=1.5, data_range=1.0, reduction="none")
+        assert isinstance(value, torch.Tensor)  # a pair only where contrast is asked for too
+        values.append(value)
+    return float(torch.cat(values).mean())
+
+
+def _pairs(
+    reference: NDArray[np.uint8], reconstruction: NDArray[np.uint8]
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Blocks of both sets as float64 in [0, 1]."""
+    if reference.shape != reconstruction.shape:
+        raise StaleInput(
+            f"Reconstructions of shape {reconstruction.shape} cannot be compared with originals of {reference.shape}."
+        )
+    if not len(reference):
+        raise ConfigError("There is no image to compare.")
+    for start in range(0, len(reference), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        yield reference[block] / 255.0, reconstruction[block] / 255.0

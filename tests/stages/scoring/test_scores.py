@@ -1,0 +1,112 @@
+"""The whole table of scores, on scikit-learn's digits."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from rae.stages.scoring.scores import score_generation
+from rae.stages.sections import EvaluateSection
+from rae.store.errors import ConfigError
+
+Sets = dict[str, np.ndarray]
+PIXELS = EvaluateSection(classifier="pixels", transfer_images=300)
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    """A stand-in for an extractor that tests what is done with features: the pixels of the digits."""
+    return images[..., 0].reshape(len(images), -1).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def sets() -> Sets:
+    """Digits of 8x8: 900 to train on, 400 held out, and 400 more real ones that play the generator."""
+    data = load_digits()
+    order = np.random.default_rng(0).permutation(len(data.target))
+    grey = np.rint(data.images[order] * 255 / 16).astype(np.uint8)
+    images, labels = np.repeat(grey[..., None], 3, axis=3), data.target[order]
+    return {
+        "generated": images[1300:1700],
+        "labels": labels[1300:1700],
+        "train_images": images[:900],
+        "train_labels": labels[:900],
+        "val_images": images[900:1300],
+        "val_labels": labels[900:1300],
+    }
+
+
+@pytest.fixture(scope="module")
+def scores(sets: Sets) -> dict[str, dict[str, float]]:
+    return score_generation(**sets, extractor=pixels, config=PIXELS)
+
+
+def test_every_row_has_every_metric(scores: dict[str, dict[str, float]]) -> None:
+    assert list(scores) == ["samples", "real", "class_means", "pixel_gaussian"]
+    metrics = ["class_agreement", "transfer_accuracy", "precision", "recall", "frechet_distance"]
+    assert all(list(row) == metrics for row in scores.values())
+    assert all(type(value) is float for row in scores.values() for value in row.values())
+
+
+def test_a_perfect_generator_scores_as_real_images_do(scores: dict[str, dict[str, float]]) -> None:
+    samples, real = scores["samples"], scores["real"]
+    assert min(samples["class_agreement"], real["class_agreement"]) > 0.95
+    assert min(samples["transfer_accuracy"], real["transfer_accuracy"]) > 0.9
+    assert samples["precision"] == pytest.approx(real["precision"], abs=0.1)
+    assert samples["recall"] == pytest.approx(real["recall"], abs=0.1)
+    assert samples["frechet_distance"] == pytest.approx(real["frechet_distance"], rel=0.3)
+
+
+def test_no_baseline_passes_for_real_images(scores: dict[str, dict[str, float]]) -> None:
+    assert scores["class_means"]["class_agreement"] > 0.95, "why agreement alone proves nothing"
+    assert scores["class_means"]["transfer_accuracy"] < scores["real"]["transfer_accuracy"] - 0.05
+    assert scores["class_means"]["recall"] == 0
+    assert scores["class_means"]["frechet_distance"] > 2 * scores["real"]["frechet_distance"]
+    assert scores["pixel_gaussian"]["recall"] < scores["real"]["recall"] - 0.1
+
+
+def test_real_agreement_is_judged_on_images_that_the_judge_has_not_learnt(sets: Sets) -> None:
+    wrong = sets | {"val_labels": (sets["val_labels"] + 1) % 10}
+    assert score_generation(**wrong, extractor=pixels, config=PIXELS)["real"]["class_agreement"] < 0.05
+
+
+def test_scores_repeat_to_the_bit_and_features_are_taken_once(sets: Sets, scores: dict[str, dict[str, float]]) -> None:
+    seen: list[np.ndarray] = []
+
+    def counting(images: np.ndarray) -> np.ndarray:
+        seen.append(images)
+        return pixels(images)
+
+    assert score_generation(**sets, extractor=counting, config=PIXELS) == scores
+    every = np.concatenate(seen).reshape(-1, 192)
+    assert len(every) == len(np.unique(every, axis=0))
+    assert len(every) <= 400 + 400 + 400 + 10 + 400
+
+
+def test_without_labels_class_metrics_are_absent(sets: Sets) -> None:
+    unlabelled = sets | {key: np.full_like(sets[key], -1) for key in ("labels", "train_labels", "val_labels")}
+    for row in score_generation(**unlabelled, extractor=pixels, config=PIXELS).values():
+        assert list(row) == ["precision", "recall", "frechet_distance"]
+    without = score_generation(**sets, extractor=pixels, config=EvaluateSection(classifier="none"))
+    assert all("class_agreement" not in row for row in without.values())
+
+
+def test_one_requested_class_teaches_nothing_to_transfer(sets: Sets) -> None:
+    threes = sets["labels"] == 3
+    only = sets | {"generated": sets["generated"][threes], "labels": sets["labels"][threes]}
+    scores = score_generation(**only, extractor=pixels, config=PIXELS)
+    assert "transfer_accuracy" not in scores["samples"]
+    assert scores["samples"]["class_agreement"] > 0.9
+    assert "transfer_accuracy" in scores["real"]
+
+
+def test_a_linear_probe_can_be_the_judge(sets: Sets) -> None:
+    probe = EvaluateSection(classifier="features", transfer_images=300)
+    scores = score_generation(**sets, extractor=pixels, config=probe)
+    assert min(scores[row]["class_agreement"] for row in ("samples", "real", "class_means")) > 0.9
+    assert scores["class_means"]["transfer_accuracy"] < scores["real"]["transfer_accuracy"]
+
+
+@pytest.mark.parametrize(("key", "what"), [("generated", "generated"), ("val_images", "held-out")])
+def test_an_empty_set_is_named(sets: Sets, key: str, what: str) -> None:
+    labels = "labels" if key == "generated" else "val_labels"
+    with pytest.raises(ConfigError, match=f"no {what} images"):
+        score_generation(**(sets | {key: sets[key][:0], labels: sets[labels][:0]}), extractor=pixels, config=PIXELS)
