@@ -5,6 +5,7 @@ feature maps of an encoder that is there anyway. `none` leaves the pixels alone.
 """
 
 import hashlib
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -81,7 +82,8 @@ class LpipsDistance(nn.Module):
         import lpips  # brings torchvision, which only this distance needs
 
         linear_file = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
-        with torch.device("meta"):  # else 138 million numbers are drawn to be overwritten
+        with torch.device("meta"), warnings.catch_warnings():  # else 138 million numbers are drawn to be overwritten
+            warnings.filterwarnings("ignore", module="torchvision")  # of arguments that the package passes
             network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
         network.load_state_dict(_lpips_state(network, vgg_file, linear_file), strict=True, assign=True)
         self.network = network.requires_grad_(False).eval()
