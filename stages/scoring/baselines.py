@@ -1,6 +1,7 @@
 """Pictures that no generator made, scored beside the samples: a number that these reach as well proves nothing.
 
-Images are uint8 [N, H, W, 3] with labels int [N]; -1 is "no label", which counts as one more class.
+Images are uint8 [N, H, W, 3] with labels int [N]. A wanted label of -1 asks for no class in particular: its baseline is
+made from all images, whatever their labels.
 """
 
 import numpy as np
@@ -50,7 +51,7 @@ def pixel_gaussian(
 
 
 def _of_class(images: NDArray[np.uint8], labels: NDArray[np.integer], label: int) -> NDArray[np.uint8]:
-    members: NDArray[np.uint8] = images[labels == label]
+    members = images if label < 0 else images[labels == label]
     if not len(members):
         raise ConfigError(f"Images of class {label} are asked for, and no real training image has this label.")
     return members

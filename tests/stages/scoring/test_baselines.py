@@ -54,11 +54,12 @@ def test_draws_are_clipped_to_pixels() -> None:
     assert np.abs(made.astype(int) - 127).min() < 60, "a Gaussian fills the gap between black and white"
 
 
-def test_images_without_labels_are_one_class() -> None:
-    images, _ = two_classes()
-    unlabelled, wanted = np.full(60, -1), np.full(3, -1)
-    assert (class_means(images, unlabelled, wanted) == np.rint(images.astype(float).mean(axis=0))).all()
-    assert pixel_gaussian(images, unlabelled, wanted, seed=0).shape == (3, 4, 4, 3)
+def test_no_label_asks_for_all_images_labelled_or_not() -> None:
+    images, labels = two_classes()
+    wanted = np.full(3, -1)
+    for known in (labels, np.full(60, -1)):
+        assert (class_means(images, known, wanted) == np.rint(images.astype(float).mean(axis=0))).all()
+        assert pixel_gaussian(images, known, wanted, seed=0).shape == (3, 4, 4, 3)
 
 
 def test_one_image_of_a_class_is_its_own_gaussian() -> None:

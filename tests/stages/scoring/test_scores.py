@@ -85,6 +85,8 @@ def test_without_labels_class_metrics_are_absent(sets: Sets) -> None:
     unlabelled = sets | {key: np.full_like(sets[key], -1) for key in ("labels", "train_labels", "val_labels")}
     for row in score_generation(**unlabelled, extractor=pixels, config=PIXELS).values():
         assert list(row) == ["precision", "recall", "frechet_distance"]
+    unconditional = sets | {"labels": np.full_like(sets["labels"], -1)}
+    assert "class_agreement" not in score_generation(**unconditional, extractor=pixels, config=PIXELS)["samples"]
     without = score_generation(**sets, extractor=pixels, config=EvaluateSection(classifier="none"))
     assert all("class_agreement" not in row for row in without.values())
 
