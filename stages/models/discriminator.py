@@ -1,0 +1,116 @@
+"""The discriminator of the decoder's adversarial loss: small heads on a frozen DINO ViT (as in StyleGAN-T and VAR).
+
+Head names are those of the official release (`bytetriper/RAE`, `src/disc/dinodisc.py`); the backbone's are DINO's own.
+
+Shapes: B images, S pixels along a side, D backbone width, N patches of a 224 pixel image.
+"""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
+
+from rae.stages.models.backbones import read_state_dict
+from rae.store.errors import CorruptData
+
+INPUT_SIZE = 224
+# Blocks whose output a head reads; the last block's is read twice, the first time by the first head.
+HEAD_BLOCKS = (11, 2, 5, 8, 11)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+BACKBONES: dict[str, dict[str, Any]] = {
+    "S_8": {"patch_size": 8, "embed_dim": 384, "num_heads": 6},
+    "S_16": {"patch_size": 16, "embed_dim": 384, "num_heads": 6},
+    "B_16": {"patch_size": 16, "embed_dim": 768, "num_heads": 12},
+}
+
+NormType = Literal["bn", "gn"]
+
+
+class DinoDiscriminator(nn.Module):
+    """Images [B, 3, S, S] in [-1, 1] -> logits [B, 5 * N], one per head and patch; larger is more real.
+
+    Only `heads` is trained and saved; in training mode each forward pass takes one step of their spectral norms' power
+    iteration, so put them in eval mode for the generator's loss.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, recipe: str = "S_8", ks: int = 9, norm_type: NormType = "bn", using_spec_norm: bool = True
+    ) -> None:
+        super().__init__()
+        tanh_gelu: Any = partial(nn.GELU, approximate="tanh")
+        self.backbone = VisionTransformer(
+            img_size=INPUT_SIZE, depth=12, num_classes=0, act_layer=tanh_gelu, **BACKBONES[recipe]
+        )
+        self.backbone.requires_grad_(False)
+        D = BACKBONES[recipe]["embed_dim"]
+        self.heads = nn.ModuleList(_head(D, ks, norm_type, using_spec_norm) for _ in HEAD_BLOCKS)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1), persistent=False)
+
+    def load_backbone(self, path: str | Path) -> None:
+        """Loads DINO's weights (`dino_vit_small_patch8_224.pth`).
+
+        The keys' biases, which no softmax over keys can see, are zeroed as officially.
+
+        Raises:
+            CorruptData: other weights than the backbone's.
+        """
+        state = read_state_dict(Path(path))
+        for name, tensor in state.items():
+            if name.endswith("attn.qkv.bias"):
+                tensor[len(tensor) // 3 : 2 * len(tensor) // 3] = 0
+        try:
+            self.backbone.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            raise CorruptData(f"{path} does not hold the discriminator's backbone: {error}") from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        resized = F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", align_corners=False)
+        normalised = ((resized + 1) / 2 - self.mean) / self.std
+        blocks = sorted(set(HEAD_BLOCKS))
+        outputs: Any = self.backbone.forward_intermediates(
+            normalised, indices=blocks, norm=False, output_fmt="NLC", intermediates_only=True
+        )  # [B, N, D] each, without the class token
+        tokens: dict[int, Tensor] = dict(zip(blocks, outputs, strict=True))
+        logits = [
+            head(tokens[block].transpose(1, 2)).flatten(1) for head, block in zip(self.heads, HEAD_BLOCKS, strict=True)
+        ]
+        return torch.cat(logits, dim=1)
+
+
+class ScaledResidual(nn.Module):
+    """x -> (x + fn(x)) / sqrt(2): keeps the variance."""
+
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        grown: Tensor = (x + self.fn(x)) / math.sqrt(2)
+        return grown
+
+
+def _head(D: int, ks: int, norm_type: NormType, using_spec_norm: bool) -> nn.Sequential:
+    """[B, D, N] -> [B, 1, N]."""
+
+    def convolution(channels: int, kernel_size: int) -> nn.Module:
+        layer = nn.Conv1d(D, channels, kernel_size, padding=kernel_size // 2, padding_mode="circular")
+        return spectral_norm(layer) if using_spec_norm else layer
+
+    def block(kernel_size: int) -> nn.Sequential:
+        # Batch norm over a virtual batch of one image is instance norm.
+        norm = nn.InstanceNorm1d(D, eps=1e-6, affine=True) if norm_type == "bn" else nn.GroupNorm(32, D, eps=1e-6)
+        return nn.Sequential(convolution(D, kernel_size), norm, nn.LeakyReLU(0.2))
+
+    return nn.Sequential(block(1), ScaledResidual(block(ks)), convolution(1, 1))

@@ -1,0 +1,60 @@
+"""The discriminator trains its heads alone, and passes gradients on to the image."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rae.stages.models.discriminator import DinoDiscriminator
+from rae.store.errors import CorruptData
+
+
+@pytest.fixture(scope="module")
+def discriminator() -> DinoDiscriminator:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return DinoDiscriminator("S_16")
+
+
+def images(count: int = 2) -> torch.Tensor:
+    return 2 * torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 1
+
+
+def test_one_logit_a_head_and_patch(discriminator: DinoDiscriminator) -> None:
+    with torch.inference_mode():
+        assert discriminator.eval()(images()).shape == (2, 5 * 14 * 14)
+
+
+def test_logits_of_an_image_do_not_depend_on_its_batch(discriminator: DinoDiscriminator) -> None:
+    discriminator.eval()
+    with torch.inference_mode():
+        together, alone = discriminator(images())[:1], discriminator(images()[:1])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_reach_heads_and_image_and_leave_the_backbone(discriminator: DinoDiscriminator) -> None:
+    batch = images(1).requires_grad_()
+    discriminator.eval()(batch).mean().backward()
+    assert batch.grad is not None
+    assert batch.grad.abs().sum() > 0
+    assert all(parameter.grad is not None for parameter in discriminator.heads.parameters())
+    assert all(parameter.grad is None for parameter in discriminator.backbone.parameters())
+
+
+def test_only_training_moves_the_spectral_norms(discriminator: DinoDiscriminator) -> None:
+    def vectors() -> torch.Tensor:
+        return torch.cat([value.clone() for key, value in discriminator.heads.state_dict().items() if "_u" in key])
+
+    before = vectors()
+    with torch.no_grad():
+        discriminator.eval()(images(1))
+        assert torch.equal(vectors(), before)
+        discriminator.train()(images(1))
+    assert not torch.equal(vectors(), before)
+
+
+def test_other_backbones_are_refused(discriminator: DinoDiscriminator, tmp_path: Path) -> None:
+    weights = DinoDiscriminator("S_8").backbone.state_dict()
+    torch.save(weights, tmp_path / "dino.pth")
+    with pytest.raises(CorruptData, match="does not hold the discriminator's backbone"):
+        discriminator.load_backbone(tmp_path / "dino.pth")
