@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 def save(attempt: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Json, keep: int) -> Path:
-    """Publish a checkpoint, then drop all but the newest `keep` of this attempt; returns its folder.
+    """Publish a checkpoint, then drop all of this attempt but the newest `keep` up to here; returns its folder.
 
     The folder appears whole, under its name, after everything in it is on the disk. Raises `PartialResult` if the
     disk is full; the checkpoints that were there remain, and nothing of the new one does.
@@ -70,9 +70,7 @@ def save(attempt: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], s
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in _published(attempt)[keep:]:
-        # Renamed first, so that no reader finds half of it under its name.
-        shutil.rmtree(old.rename(temporary_name(old)))
+    _prune(attempt, step, keep)
     return folder
 
 
@@ -144,6 +142,16 @@ def _publish(temporary: Path, folder: Path) -> None:
             shutil.rmtree(folder.rename(temporary_name(folder)))
             temporary.rename(folder)
     fsync_folder(folder.parent)
+
+
+def _prune(attempt: Path, step: int, keep: int) -> None:
+    """Drop old checkpoints, and any of a later step: had it been readable, training would have gone on from there."""
+    published = _published(attempt)
+    kept = [folder for folder in published if _step(folder) <= step][:keep]
+    for folder in published:
+        if folder not in kept:
+            # Renamed first, so that no reader finds half of it under its name.
+            shutil.rmtree(folder.rename(temporary_name(folder)))
 
 
 def _description(folder: Path) -> Json:

@@ -83,7 +83,7 @@ class Learner(Generic[B]):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.section.precision == "bf16"):
             loss, numbers = self.loss(self.forward, batch)
         # Read before the backward pass is queued: here a GPU waits for its next command only.
-        value = finite("loss", loss, batch, step, self.ranks)
+        value = finite("loss", loss.item(), batch, step, self.ranks)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = clip_gradients(self.model, self.section.clip_grad)
         self.optimizer.step()
@@ -108,9 +108,8 @@ class Learner(Generic[B]):
             raise StaleInput(f"the checkpoint is of another model ({error})") from error
 
 
-def finite(what: str, number: float | Tensor, batch: Batch, step: int, ranks: Ranks) -> float:
-    """`number` as a float; `RaeError` on every rank, with the samples in question, if it is not finite on one."""
-    value = float(number)
+def finite(what: str, value: float, batch: Batch, step: int, ranks: Ranks) -> float:
+    """`value`; if it is not finite on some rank, `RaeError` on every rank, with the samples in question."""
     if ranks.any(not math.isfinite(value)):
         mine = None if math.isfinite(value) else (value, [str(key) for key in batch.keys])
         value, keys = next(report for report in ranks.gather(mine) if report is not None)
@@ -134,7 +133,7 @@ def train(
     reads and draws, and leaves arithmetic whose order of summation matters to the loss. The learner has the final
     weights afterwards. Raises `PartialResult` or `Interrupted`, after saving, when the job is asked to stop.
     """
-    per_epoch, total = learner.schedule
+    per_epoch, total = steps_per_epoch(section, rows), total_steps(section, rows)
     done, meter, attempt = _resume(learner, job, ranks)
     log = MetricsLog(job.folder, done, attempt) if ranks.is_main else None
     steps = range(done, total)
@@ -157,12 +156,13 @@ def train(
             if done % section.log_every == 0 or done == total:
                 meter.sums = _mean(meter.sums, ranks)
                 meter.close_window()
-                rate = learning_rate(section, done - 1, *learner.schedule)
+                rate = learning_rate(section, done - 1, per_epoch, total)
                 if log:
                     log.log(step=done, epoch=done / per_epoch, **meter.latest, lr=rate, **speed)
             stop = ranks.any(job.stopping())
             if stop or done % section.checkpoint_every == 0 or done == total:
-                finite("gradient norm", numbers["grad_norm"], item, done - 1, ranks)  # else: weights not worth keeping
+                # Weights that the last step ruined are not worth keeping; the loss would show it a step later.
+                finite("gradient norm", float(numbers["grad_norm"]), item, done - 1, ranks)
                 meter.sums = _mean(meter.sums, ranks)
                 if ranks.is_main:
                     save(job.folder, done, learner.tensors(), meter.to_json(), section.keep_checkpoints)

@@ -31,9 +31,12 @@ def test_the_next_item_is_made_while_this_one_is_used():
 
 def test_no_more_is_made_ahead_than_there_are_workers():
     made = []
-    with closing(prefetch(lambda number: made.append(number), range(100), workers=2)) as items:
+    with closing(prefetch(made.append, range(100), workers=2)) as items:
         next(items)
-        time.sleep(0.05)
+        deadline = time.monotonic() + 5
+        while len(made) < 3 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
         assert len(made) == 3  # the one in use and one for each worker
 
 
