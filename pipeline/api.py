@@ -9,7 +9,6 @@ import numpy as np
 from rae.store.artifacts import Artifact, Workspace
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from rae.stages.models.trained import Autoencoder, Decoder, Dit, Weights
@@ -73,7 +72,7 @@ def load_decoder(ref: str, workspace: str | None = None, weights: "Weights" = "e
 
 
 def load_dit(ref: str, workspace: str | None = None, weights: "Weights" = "ema", device: str = "cpu") -> "Dit":
-    """A trained transformer: `dit(x, t, y)` gives the velocity at whitened latents x [B, C, H, W], times t, labels y."""
+    """A trained transformer: `dit(x, t, y)` is the velocity at whitened latents x [B, C, H, W], times t, labels y."""
     from rae.stages.models.trained import Dit
 
     return Dit.load(_workspace(workspace).resolve(ref, "dit").payload, weights, device)

@@ -20,7 +20,7 @@ from rae.pipeline import launch
 from rae.pipeline.console import Console
 from rae.pipeline.plan import STAGES, Pipeline, Stage, Task, shards_task
 from rae.stages.job import Job, Result
-from rae.stages.models.encoders import encoder_geometry
+from rae.stages.models.geometry import encoder_geometry
 from rae.stages.sections import ShardsSection
 from rae.store.artifacts import Artifact, Work, read_artifact
 from rae.store.errors import ConfigError, CorruptData, Interrupted, MissingInput, PartialResult, StaleInput

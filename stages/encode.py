@@ -24,8 +24,10 @@ from rae.stages.models.pixels import to_unit
 from rae.stages.models.weights import EncoderFiles
 from rae.stages.sections import EncodeSection
 from rae.store.errors import CorruptData
-from rae.store.latents_writer import PartWriter, completed_parts, finish
+from rae.store.latents_finish import completed_parts, finish
+from rae.store.latents_writer import PartWriter
 from rae.store.layout import LatentLayout, plan_parts
+from rae.store.part_record import IndexRow
 from rae.store.publish import replace_bytes
 from rae.store.shards import Source
 
@@ -150,7 +152,7 @@ def _encode_batch(encoder: Encoder, batch: list[Decoded], section: EncodeSection
 
 def _write(writer: PartWriter, position: int, sample: Decoded, latent: np.ndarray, source: Source) -> None:
     label = int(source.labels[sample.row])
-    record = {
+    entry: IndexRow = {
         "key": source.keys[sample.row],
         "label": label if label >= 0 else None,
         "sha256": sample.sha256,
@@ -158,8 +160,6 @@ def _write(writer: PartWriter, position: int, sample: Decoded, latent: np.ndarra
         "height": sample.height,
     }
     if sample.reason is not None:
-        writer.invalid(position, sample.reason, **record)
-    elif not np.isfinite(latent).all():
-        writer.invalid(position, "the encoder's output is not finite in this precision", **record)
+        writer.invalid(position, sample.reason, **entry)
     else:
-        writer.write(position, latent, **record)
+        writer.write(position, latent, **entry)

@@ -29,7 +29,7 @@ from rae.store.shards import Source
 
 @dataclass(frozen=True)
 class Batch:
-    """Images [B, 3, S, S] in [0, 1], and the noise for their tokens: its level [B] in [0, 1), and draws [B, C, H, W]."""
+    """Images [B, 3, S, S] in [0, 1], and the noise for their tokens: levels [B] in [0, 1) and draws [B, C, H, W]."""
 
     images: Tensor
     level: Tensor
@@ -89,7 +89,8 @@ def run(section: TrainDecoderSection, encode: EncodeSection, source: Source, fil
         return pixel + section.perceptual_weight * distance, {"l1": pixel, "perceptual": distance}
 
     def batch(epoch: int, step: int) -> Batch:
-        rows = ranks.shard(batch_rows(len(crops), section.batch_size, section.seed, epoch, step))
+        place = (ranks.rank, ranks.world_size)
+        rows = batch_rows(len(crops), section.batch_size, section.seed, epoch, step, *place)
         images = to_unit(crops.batch(rows, epoch), device)
         level = uniform(section.seed, "noise_level", epoch, rows, device)
         noise = normal((encoder.token_dim, *encoder.grid), section.seed, "noise", epoch, rows, device)

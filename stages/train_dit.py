@@ -37,10 +37,10 @@ def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
     """Train the transformer that `section` describes; returns its payload and the last losses."""
     store = LatentStore(latents.payload)
     num_classes = count_classes(section, store)
-    config = describe_dit(section, store.latent_shape, num_classes)
+    config = describe_dit(section, store.shape, num_classes)
     about = DitDescription(
         config=config,
-        transport=describe_transport(section, store.latent_shape),
+        transport=describe_transport(section, store.shape),
         encoder=read_encoder(latents.payload),
         classes=tuple(latents.manifest.metrics.get("classes", ())) or None,
     )
@@ -53,7 +53,8 @@ def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
         return transport.training_losses(model, batch.x, batch.y, t=batch.t, noise=batch.noise).mean(), {}
 
     def batch(epoch: int, step: int) -> Batch:
-        rows = ranks.shard(batch_rows(len(store), section.batch_size, section.seed, epoch, step))
+        place = (ranks.rank, ranks.world_size)
+        rows = batch_rows(len(store), section.batch_size, section.seed, epoch, step, *place)
         return make_batch(store, rows, epoch, section, transport, num_classes, device)
 
     with ranks.process_group(device):
@@ -124,13 +125,11 @@ def make_batch(
 ) -> Batch:
     """The training rows with all their draws: each a function of (seed, purpose, epoch, row)."""
     seed = section.seed
-    x = torch.from_numpy(store.batch(rows, seed, epoch)).to(device, non_blocking=True)
-    y = torch.from_numpy(store.labels[rows]).to(device) if num_classes else torch.zeros(len(rows), dtype=torch.int64)
-    if num_classes:
-        dropped = uniform(seed, "label_dropout", epoch, rows, device) < section.class_dropout_prob
-        y = torch.where(dropped, num_classes, y)
-    t = transport.sample_times(
-        uniform(seed, "time", epoch, rows, device), normal((), seed, "time_normal", epoch, rows, device)
-    )
-    noise = normal(store.latent_shape, seed, "noise", epoch, rows, device)
-    return Batch(x, y.to(device), t, noise, [store.keys[row] for row in rows])
+    views = store.draw_views(rows, seed, epoch)
+    x = torch.from_numpy(store.stats.whiten(store.rows(rows, views))).to(device)
+    y = torch.from_numpy(store.labels[rows]).to(device)
+    dropped = uniform(seed, "label_dropout", epoch, rows, device) < section.class_dropout_prob
+    y = torch.where(dropped, num_classes, y) if num_classes else torch.zeros_like(y)
+    t = transport.sample_times(uniform(seed, "time", epoch, rows, device))
+    noise = normal(store.shape, seed, "noise", epoch, rows, device)
+    return Batch(x, y, t, noise, [store.keys[row] for row in rows])

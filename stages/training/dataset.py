@@ -34,7 +34,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """A batch's items in one gather; DataLoader calls this where it can."""
         chosen = np.asarray(rows)
-        latents = torch.from_numpy(self.latents.batch(chosen, self.seed, self.epoch))
+        views = self.latents.draw_views(chosen, self.seed, self.epoch)
+        latents = torch.from_numpy(self.latents.stats.whiten(self.latents.rows(chosen, views)))
         labels = self.latents.labels[chosen]
         return [
             {"latent": latent, "label": int(label), "row": int(row)}
