@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from rae.pipeline.config import PipelineConfig
+from rae.stages import shards
 from rae.stages.job import Job, Result
 from rae.stages.models.weights import EncoderFiles, digest_file, locate_encoder, locate_lpips
 from rae.stages.sections import (
@@ -28,10 +29,12 @@ from rae.stages.sections import (
     TrainDecoderSection,
     TrainDitSection,
 )
+from rae.stages.shards import in_place, source_digest
+from rae.stages.sources import Split
 from rae.store.artifacts import Artifact, Workspace
 from rae.store.errors import ConfigError, MissingInput, StaleInput
 from rae.store.manifest import Json, differing_fields
-from rae.store.shards import Source, is_shards, open_source
+from rae.store.shards import Source, open_source
 
 S = TypeVar("S", bound=Section)
 
@@ -89,7 +92,7 @@ class Pipeline:
     def _has(self, name: str) -> bool:
         if name == "shards":
             given = self.config.shards
-            return any(source and not is_shards(source) for source in (given.train, given.val))
+            return bool(given.train and not in_place(given, "train")) or bool(given.val and not in_place(given, "val"))
         return getattr(self.config, name) is not None
 
     def task(self, name: str) -> Task:
@@ -144,9 +147,9 @@ class Pipeline:
             return self._open(shards.val, "val")
         return self._open(str(shards.train), "val") if shards.val_fraction else None
 
-    def _open(self, spec: str, split: str) -> Source:
+    def _open(self, spec: str, split: Split) -> Source:
         shards = self.config.shards
-        if not is_shards(spec):
+        if not in_place(shards, split):
             spec = str(self.need("shards").payload / f"{split}-*.tar")
         keys: dict[str, Any] = {"image_key": shards.image_key, "label_key": shards.label_key}
         return open_source(spec, label_field=shards.label_field, classes=shards.classes, **keys)
@@ -205,9 +208,7 @@ def _recipe(stage: str, config: Json, inputs: dict[str, Artifact] | None = None,
 
 def shards_task(section: ShardsSection) -> Task:
     """Converting a source to shards needs no pipeline around it."""
-    from rae.stages import shards
-
-    recipe = _recipe("shards", {"shards": section.recipe()}, source=shards.source_digest(section))
+    recipe = _recipe("shards", {"shards": section.recipe()}, source=source_digest(section))
     return Task(STAGES["shards"], recipe, {}, lambda job: shards.run(section, job))
 
 

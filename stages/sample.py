@@ -98,7 +98,8 @@ def _taken_over(name: str, path: Path, labels: np.ndarray, job: Job) -> np.ndarr
     for attempt in job.earlier:
         try:
             with np.load(attempt / name, allow_pickle=False) as batch:
-                images, found = batch["images"], batch["labels"]
+                images: np.ndarray = batch["images"]
+                found = batch["labels"]
         except (OSError, ValueError, KeyError, BadZipFile):
             continue
         if np.array_equal(found, labels):
