@@ -107,16 +107,12 @@ class Ranks:
 
 
 def wrap(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """`model` with its gradients averaged over ranks, and everyone's weights set to rank 0's; alone, `model` itself.
-
-    Buffers are not communicated after that: those of our models follow from the weights or never change.
-    """
+    """`model` with its gradients averaged over ranks, its weights and buffers set to rank 0's; alone, `model` itself."""
     if ranks.world_size == 1:
         return model
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
 
