@@ -145,11 +145,10 @@ class LatentStore:
         chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), places[0].shape)
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.views:
             raise IndexError(f"a store of {self.views} view(s) was asked for views {chosen.min()} to {chosen.max()}")
-        latents = np.empty((chosen.size, *self.shape), self.layout.stored_dtype)
-        targets = latents.reshape(chosen.size, -1).view(np.uint8)
-        for target, part, row, view in zip(targets, *(place.tolist() for place in (*places, chosen)), strict=True):
+        latents = np.empty((chosen.size, self.layout.latent_bytes), np.uint8)
+        for target, part, row, view in zip(latents, *(place.tolist() for place in (*places, chosen)), strict=True):
             target[:] = self._shard(part).chunk(row, view)
-        return latents
+        return latents.view(self.layout.stored_dtype).reshape(-1, *self.shape)
 
     def batches(
         self,
@@ -185,7 +184,7 @@ class LatentStore:
 
     def verify(self, mode: Literal["quick", "full"] = "quick") -> list[Problem]:
         """What is wrong, naming file or row: `quick` looks at sizes and metadata, `full` reads every byte."""
-        return verify(self.folder, mode)
+        return verify(self.folder, self.layout, mode)
 
     def _batches(self, drawn: Iterator[tuple[IntArray, IntArray]], raw: bool) -> Iterator[LatentBatch]:
         upcoming = next(drawn, None)

@@ -1,6 +1,5 @@
 """Turns recorded parts into a store that opens at once: what is done, and the metadata of the whole."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from rae.store.latents_index import (
     index_groups,
     parts_table,
 )
-from rae.store.layout import ARRAY_FILE, GROUP_FILE, GROUP_METADATA, STATS_FILE, LatentLayout, Part
+from rae.store.layout import ARRAY_FILE, GROUP_FILE, STATS_FILE, LatentLayout, Part
 from rae.store.part_record import FOLDER, PartRecord, content_digest, moments_path, record_path
 from rae.store.publish import publish_bytes
 from rae.store.stats import LatentStats, Moments
@@ -81,11 +80,9 @@ def finish(folder: Path, layout: LatentLayout, parts: Sequence[Part], sources: S
         table.write(parts_table(tally.lines))
         table.publish(content)
     _publish_once(folder / STATS_FILE, LatentStats.of(tally.moments).to_bytes())
-    metadata = layout.array_metadata(len(parts) * layout.rows_per_part)
-    _publish_once(folder / ARRAY_FILE, _pretty(metadata))
-    _publish_once(folder / GROUP_FILE, _pretty(GROUP_METADATA))
-    for leftover in (folder / FOLDER).glob(".*.partial"):
-        leftover.unlink(missing_ok=True)
+    for name, data in layout.metadata_files(len(parts) * layout.rows_per_part).items():
+        _publish_once(folder / name, data)
+    _sweep(folder)
     rows = sum(line["rows"] for line in tally.lines)
     size = sum(line["bytes"] for line in tally.lines)
     files = tuple(_files(folder, layout, parts))
@@ -138,9 +135,17 @@ class _Tally:
 
 
 def _publish_once(path: Path, data: bytes) -> None:
-    if not publish_bytes(path, data) and path.read_bytes() != data:
+    try:
+        created = publish_bytes(path, data)
+    except FileNotFoundError:  # swept away by another process, which has finished
+        created = False
+    if not created and path.read_bytes() != data:
         raise CorruptData(f"{path} is there already and belongs to other latents than the parts beside it")
 
 
-def _pretty(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+def _sweep(folder: Path) -> None:
+    """Remove what killed writers left. One that still runs can only be late: everything is recorded and published."""
+    for name in (GROUP_FILE, ARRAY_FILE, INDEX_FILE, PARTS_FILE, STATS_FILE, f"{FOLDER}/*"):
+        path = folder / name
+        for leftover in path.parent.glob(f".{path.name}.*.partial"):
+            leftover.unlink(missing_ok=True)

@@ -88,6 +88,7 @@ class TableWriter:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path = path
+        self._schema = schema
         self._temporary = temporary_name(path)
         self._writer = pq.ParquetWriter(self._temporary, schema, compression="zstd", version="2.6")
 
@@ -99,9 +100,13 @@ class TableWriter:
         """Make the table durable and known; `CorruptData` if a table of another content has the name."""
         self._writer.add_key_value_metadata({CONTENT_KEY.decode(): content})
         self._writer.close()
-        with open(self._temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        if not publish_file(self._temporary, self._path) and table_content(self._path) != content:
+        try:
+            with open(self._temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            created = publish_file(self._temporary, self._path)
+        except FileNotFoundError:  # swept away by another process, which has finished
+            created = False
+        if not created and table_content(self._path, self._schema) != content:
             raise CorruptData(f"{self._path} is there already and belongs to other latents than the parts beside it")
 
     def __enter__(self) -> Self:
@@ -127,18 +132,19 @@ def open_table(path: Path, schema: pa.Schema) -> pq.ParquetFile:
     return file
 
 
-def table_content(path: Path) -> str | None:
-    """The content digest that a table carries."""
-    metadata = pq.read_metadata(path).metadata or {}
-    content = metadata.get(CONTENT_KEY)
-    return content.decode() if content is not None else None
+def table_content(path: Path, schema: pa.Schema) -> str:
+    """The content digest that a table carries; `MissingInput` or `CorruptData` names the file."""
+    metadata = open_table(path, schema).metadata.metadata or {}
+    return str(metadata.get(CONTENT_KEY, b"").decode(errors="replace"))
 
 
 def read_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
     """Some columns of a table; `MissingInput` or `CorruptData` names the file."""
     file = open_table(path, schema)
     try:
-        return file.read(columns=list(columns))
+        table = file.read(columns=list(columns))
+        table.validate(full=True)
+        return table
     except (pa.ArrowException, OSError) as error:
         raise CorruptData(f"the table {path} is damaged ({error})") from error
 

@@ -1,6 +1,5 @@
 """Finds what is wrong in a latent store, down to the row."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from rae.store.errors import CorruptData, MissingInput, RaeError
+from rae.store.errors import RaeError
 from rae.store.latents_index import (
     INDEX_FILE,
     INDEX_SCHEMA,
@@ -19,7 +18,8 @@ from rae.store.latents_index import (
     read_columns,
     table_content,
 )
-from rae.store.layout import ARRAY_FILE, STATS_FILE, LatentLayout, Part
+from rae.store.layout import STATS_FILE, LatentLayout, Part
+from rae.store.manifest import Manifest
 from rae.store.part_record import PartRecord, content_digest, moments_path, record_path
 from rae.store.stats import LatentStats, Moments, merge
 from rae.store.zarr_shard import Shard, check_size, crc32c, file_sha256
@@ -40,52 +40,67 @@ class Problem:
         return f"{self.file}{latent}: {self.reason}"
 
 
-def verify(folder: Path, mode: Literal["quick", "full"]) -> list[Problem]:
-    """Everything that is wrong; empty if the store is whole.
+def verify(folder: Path, layout: LatentLayout, mode: Literal["quick", "full"]) -> list[Problem]:
+    """Everything that is wrong with the store in `folder`; empty if it is whole.
 
-    `quick` holds sizes and digests of the metadata against each other, a line per part. `full` reads every byte:
-    sha256 of each file against its record, crc32c of each latent where that fails, statistics and index against the
-    records. Raises `MissingInput` or `CorruptData` if the metadata cannot even be read.
+    `quick` looks at sizes and holds the digests in the metadata against each other, a line per part. `full` reads
+    every byte: the sha256 of each file against record and manifest, the crc32c of each latent where that fails, and
+    statistics and index against the records.
     """
     try:
-        metadata = json.loads((folder / ARRAY_FILE).read_bytes())
-    except FileNotFoundError as error:
-        raise MissingInput(f"{folder} holds no finished latents: {folder / ARRAY_FILE} is missing") from error
-    except ValueError as error:
-        raise CorruptData(f"{folder / ARRAY_FILE} is not JSON ({error})") from error
-    layout, slots = LatentLayout.from_array_metadata(metadata, str(folder / ARRAY_FILE))
-    lines = read_columns(folder / PARTS_FILE, PARTS_SCHEMA, PARTS_SCHEMA.names).to_pylist()
-    problems = [*_metadata_problems(folder, layout, slots, lines), *_size_problems(folder, layout, lines)]
+        lines = read_columns(folder / PARTS_FILE, PARTS_SCHEMA, PARTS_SCHEMA.names).to_pylist()
+    except RaeError as error:
+        return [Problem(folder / PARTS_FILE, error.message)]
+    problems = [*_metadata_problems(folder, layout, lines), *_size_problems(folder, layout, lines)]
+    problems += _manifest_problems(folder, layout, lines, full=mode == "full")
     if mode == "full":
         problems += _byte_problems(folder, layout, lines)
     return problems
 
 
-def _metadata_problems(
-    folder: Path, layout: LatentLayout, slots: int, lines: list[dict[str, Any]]
-) -> Iterator[Problem]:
-    if slots != len(lines) * layout.rows_per_part:
-        yield Problem(folder / ARRAY_FILE, f"has {slots} slots for {len(lines)} parts of {layout.rows_per_part}")
+def _metadata_problems(folder: Path, layout: LatentLayout, lines: list[dict[str, Any]]) -> Iterator[Problem]:
+    for name, data in layout.metadata_files(len(lines) * layout.rows_per_part).items():
+        if not (folder / name).exists() or (folder / name).read_bytes() != data:
+            yield Problem(folder / name, f"does not describe {len(lines)} parts of these latents")
     content = content_digest(layout, [line["content"] for line in lines])
-    claims = {path: table_content(path) for path in (folder / INDEX_FILE, folder / PARTS_FILE) if path.exists()}
-    manifest = folder / "manifest.json"
-    if manifest.exists():
-        claims[manifest] = json.loads(manifest.read_bytes()).get("content")
-    yield from (
-        Problem(path, f"is of the content {claim}, the parts of {content}")
-        for path, claim in claims.items()
-        if claim != content
-    )
+    for name, schema in ((INDEX_FILE, INDEX_SCHEMA), (PARTS_FILE, PARTS_SCHEMA)):
+        try:
+            claim = table_content(folder / name, schema)
+        except RaeError as error:
+            yield Problem(folder / name, error.message)
+        else:
+            if claim != content:
+                yield Problem(folder / name, f"is of the content {claim}, the parts are of {content}")
     try:
-        index = open_table(folder / INDEX_FILE, INDEX_SCHEMA)
-        if index.metadata.num_rows != slots:
-            yield Problem(folder / INDEX_FILE, f"has {index.metadata.num_rows} rows for {slots} slots")
         stats = LatentStats.load(folder / STATS_FILE)
-        latents = sum(line["rows"] for line in lines) * layout.views
-        if stats.mean.shape != layout.latent_shape or stats.count != latents:
-            yield Problem(folder / STATS_FILE, f"is of {stats.count} latents {stats.mean.shape}, not of {latents}")
     except RaeError as error:
-        yield Problem(folder, error.message)
+        yield Problem(folder / STATS_FILE, error.message)
+        return
+    latents = sum(line["rows"] for line in lines) * layout.views
+    if stats.mean.shape != layout.latent_shape or stats.count != latents:
+        yield Problem(folder / STATS_FILE, f"is of {stats.count} latents {stats.mean.shape}, not of {latents}")
+
+
+def _manifest_problems(
+    folder: Path, layout: LatentLayout, lines: list[dict[str, Any]], full: bool
+) -> Iterator[Problem]:
+    """The manifest, once there is one, against the parts and, if `full`, against every file but the parts' own."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return
+    try:
+        manifest = Manifest.from_json(path.read_bytes(), str(path))
+    except RaeError as error:
+        yield Problem(path, error.message)
+        return
+    content = content_digest(layout, [line["content"] for line in lines])
+    if manifest.content != content:
+        yield Problem(path, f"is of the content {manifest.content}, the parts are of {content}")
+    shards = {layout.shard_key(line["part"]) for line in lines}
+    for entry in manifest.files if full else ():
+        file = folder / entry["path"]
+        if entry["path"] not in shards and (not file.exists() or file_sha256(file) != entry["sha256"]):
+            yield Problem(file, "does not match the manifest")
 
 
 def _size_problems(folder: Path, layout: LatentLayout, lines: list[dict[str, Any]]) -> Iterator[Problem]:
@@ -107,7 +122,10 @@ def _byte_problems(folder: Path, layout: LatentLayout, lines: list[dict[str, Any
         whole = whole and not found
         yield from found
     if whole:  # else statistics and index have nothing to be held against
-        yield from _derived_problems(folder, layout, lines)
+        try:
+            yield from _derived_problems(folder, layout, lines)
+        except RaeError as error:
+            yield Problem(folder, error.message)
 
 
 def _part_problems(folder: Path, layout: LatentLayout, line: dict[str, Any]) -> Iterator[Problem]:
@@ -121,15 +139,17 @@ def _part_problems(folder: Path, layout: LatentLayout, line: dict[str, Any]) -> 
     if (record.bytes, record.sha256, record.rows, record.content()) != listed:
         yield Problem(path, f"does not say what {PARTS_FILE} lists")
     moments = moments_path(folder, line["part"])
-    if moments.exists() and file_sha256(moments) != record.statistics["sha256"]:
+    if moments.exists() and file_sha256(moments) != record.statistics_sha256:
         yield Problem(moments, "does not match the digest in its record")
     yield from _shard_problems(folder, layout, record, line)
 
 
 def _shard_problems(folder: Path, layout: LatentLayout, record: PartRecord, line: dict[str, Any]) -> Iterator[Problem]:
     path = folder / record.shard_key
-    if not path.exists() or file_sha256(path) == line["sha256"]:
-        return  # a missing file is among the problems already
+    if not path.exists() or path.stat().st_size != line["bytes"]:
+        return  # which is among the problems already
+    if file_sha256(path) == line["sha256"]:
+        return
     try:
         shard = Shard(path, layout.rows_per_part, layout.views, layout.latent_bytes)
     except RaeError as error:
@@ -151,16 +171,17 @@ def _derived_problems(folder: Path, layout: LatentLayout, lines: list[dict[str, 
     """Statistics and index, made again from the records."""
     parts = [_planned(line, layout) for line in lines]
     moments = merge(Moments.load(moments_path(folder, part.number)) for part in parts)
-    if moments is not None and LatentStats.of(moments).to_bytes() != LatentStats.load(folder / STATS_FILE).to_bytes():
-        yield Problem(folder / STATS_FILE, "is not what the parts' statistics give")
+    if moments is None or not LatentStats.of(moments).identical(LatentStats.load(folder / STATS_FILE)):
+        yield Problem(folder / STATS_FILE, "is not what the statistics of the parts give")
+    records = (PartRecord.load(folder, layout, part) for part in parts)
+    groups = index_groups(records, layout)
     try:
         index = open_table(folder / INDEX_FILE, INDEX_SCHEMA)
-        records = (PartRecord.load(folder, layout, part) for part in parts)
-        for number, group in enumerate(index_groups(records, layout)):
-            if number >= index.num_row_groups or not index.read_row_group(number).equals(group):
+        for number, group in zip(range(index.num_row_groups), groups, strict=True):
+            if not index.read_row_group(number).equals(group):
                 yield Problem(folder / INDEX_FILE, f"row group {number} is not what the records say")
-    except (RaeError, pa.ArrowException, OSError) as error:
-        yield Problem(folder / INDEX_FILE, f"cannot be read ({error})")
+    except (ValueError, OSError, pa.ArrowException) as error:
+        yield Problem(folder / INDEX_FILE, f"cannot be read whole ({error})")
 
 
 def _planned(line: dict[str, Any], layout: LatentLayout) -> Part:

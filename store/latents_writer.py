@@ -150,7 +150,8 @@ class PartWriter:
             shard_key=self._layout.shard_key(self._part.number),
             bytes=self._target.stat().st_size,
             sha256=sha256,
-            statistics={"file": f"parts/{path.name}", "sha256": file_sha256(path)},
+            statistics=str(path.relative_to(self._folder)),
+            statistics_sha256=file_sha256(path),
             row_crc32c=self._checksums,
             index=self._index,
         )

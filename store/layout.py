@@ -6,6 +6,7 @@ A *part* covers consecutive samples of one source shard and is one Zarr shard of
 the ordered source shards and R, so whoever takes a part knows its place without asking anyone.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast, get_args
@@ -121,6 +122,11 @@ class LatentLayout:
             "dimension_names": ["slot", "view", "channel", "height", "width"],
             "attributes": {},
         }
+
+    def metadata_files(self, slots: int) -> dict[str, bytes]:
+        """The Zarr metadata of a store of `slots` rows, by path below its folder."""
+        metadata = {GROUP_FILE: GROUP_METADATA, ARRAY_FILE: self.array_metadata(slots)}
+        return {path: (json.dumps(value, indent=1) + "\n").encode() for path, value in metadata.items()}
 
     @classmethod
     def from_array_metadata(cls, metadata: Mapping[str, Any], where: str) -> tuple[Self, int]:

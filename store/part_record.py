@@ -17,7 +17,7 @@ from rae.store.manifest import canonical
 
 SCHEMA = 1
 FOLDER = "parts"
-COLUMNS = ("key", "label", "image_sha256", "width", "height", "reason")
+COLUMNS = {"key": str, "label": int, "image_sha256": str, "width": int, "height": int, "reason": str}
 
 
 class IndexRow(TypedDict):
@@ -65,7 +65,8 @@ class PartRecord:
     shard_key: str
     bytes: int
     sha256: str
-    statistics: dict[str, str]  # {"file", "sha256"} of the part's moments
+    statistics: str  # file of the part's moments, below the store's folder
+    statistics_sha256: str
     row_crc32c: list[list[int] | None]
     index: dict[str, list[Any]]
 
@@ -92,7 +93,7 @@ class PartRecord:
             value = json.loads(path.read_bytes())
         except FileNotFoundError as error:
             raise MissingInput(f"part {part.number} of {folder} is not finished: {path} is missing") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptData(f"the record {path} is not JSON ({error})") from error
         if not isinstance(value, dict) or value.pop("schema", None) != SCHEMA or set(value) != set(cls.__annotations__):
             raise CorruptData(f"{path} is not the record of a part that this version of rae reads")
@@ -102,6 +103,7 @@ class PartRecord:
             "first_sample": part.first_sample,
             "slots": part.count,
             "shard_key": layout.shard_key(part.number),
+            "statistics": str(moments_path(Path(), part.number)),
         }
         differing = [f"{key}: {value[key]!r}, planned {plan!r}" for key, plan in expected.items() if value[key] != plan]
         if differing:
@@ -111,18 +113,19 @@ class PartRecord:
 
 
 def _check_rows(value: Mapping[str, Any], views: int, path: Path) -> None:
-    slots, checksums, index, statistics = (value[key] for key in ("slots", "row_crc32c", "index", "statistics"))
-    columns = [checksums, *index.values()] if isinstance(index, dict) else []
+    index, row_crc32c = value["index"], value["row_crc32c"]
+    if not (isinstance(index, dict) and set(index) == set(COLUMNS) and isinstance(row_crc32c, list)):
+        raise CorruptData(f"the rows in {path} are damaged: their columns must be {', '.join(COLUMNS)}")
     good = (
         isinstance(value["bytes"], int)
         and isinstance(value["sha256"], str)
-        and isinstance(statistics, dict)
-        and set(statistics) == {"file", "sha256"}
-        and isinstance(index, dict)
-        and set(index) == set(COLUMNS)
-        and all(isinstance(column, list) and len(column) == slots for column in columns)
-        and all(row is None or (isinstance(row, list) and len(row) == views) for row in checksums)
-        and [row is None for row in checksums] == [isinstance(reason, str) for reason in index["reason"]]
+        and all(isinstance(index[name], list) and len(index[name]) == len(row_crc32c) for name in COLUMNS)
+        and all(one is None or type(one) is kind for name, kind in COLUMNS.items() for one in index[name])
+        and all(
+            row is None or (isinstance(row, list) and [type(one) for one in row] == [int] * views) for row in row_crc32c
+        )
+        and [row is None for row in row_crc32c] == [reason is not None for reason in index["reason"]]
+        and len(row_crc32c) == value["slots"]
     )
     if not good:
-        raise CorruptData(f"the rows in {path} are damaged: its columns do not fit its {slots} slots")
+        raise CorruptData(f"the rows in {path} are damaged: their columns do not fit each other or their types")

@@ -46,11 +46,7 @@ class Moments:
 
     def identical(self, other: "Moments") -> bool:
         """Whether both are the same to the last bit."""
-        return (
-            self.count == other.count
-            and self.mean.tobytes() == other.mean.tobytes()
-            and self.m2.tobytes() == other.m2.tobytes()
-        )
+        return self.to_bytes() == other.to_bytes()
 
     def to_bytes(self) -> bytes:
         """An npz file; the same bytes for the same moments."""
@@ -126,6 +122,10 @@ class LatentStats:
     @cached_property
     def _float32(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         return self.mean.astype(np.float32), np.sqrt(self.variance + EPSILON).astype(np.float32)
+
+    def identical(self, other: "LatentStats") -> bool:
+        """Whether both are the same to the last bit."""
+        return self.to_bytes() == other.to_bytes()
 
     def to_bytes(self) -> bytes:
         """`stats.npz`: mean, variance, count; the same bytes for the same statistics."""
