@@ -63,8 +63,8 @@ def test_ssim_agrees_with_scipy() -> None:
     reference, other = noisy_pair(35, 24)
     expected = ssim_by_scipy(reference, other)
     assert 0.2 < expected < 0.9
-    assert ssim(reference, other) == pytest.approx(expected, abs=1e-6)
-    assert ssim(reference, reference) == pytest.approx(1.0, abs=1e-6)
+    assert ssim(reference, other) == pytest.approx(expected, abs=1e-5)
+    assert ssim(reference, reference) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
