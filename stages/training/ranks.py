@@ -15,6 +15,8 @@ from rae.store.order import IntArray
 
 T = TypeVar("T")
 
+_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -107,7 +109,7 @@ class Ranks:
 
 
 def wrap(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """`model` with its gradients averaged over ranks, its weights and buffers set to rank 0's; alone, `model` itself."""
+    """`model` with its gradients averaged over ranks, weights and buffers set to rank 0's; alone, `model` itself."""
     if ranks.world_size == 1:
         return model
     return DistributedDataParallel(
@@ -115,6 +117,3 @@ def wrap(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
-
-
-_VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
