@@ -41,6 +41,8 @@ def open_image_folder(
     if folders[0] == "":
         loose = next(name for name in files if "/" not in name)
         raise ConfigError(f"{root} holds images ({loose}) beside class folders ({folders[1]}): move one or the other")
+    if "train" in folders and not set(folders) - {"train", "val", "valid", "validation", "test"}:
+        raise ConfigError(f"{root} holds several sets ({', '.join(folders)}), not classes: name one, {root / 'train'}")
     names = tuple(classes) if classes is not None else tuple(map(printable, folders))
     unknown = [folder for folder in folders if printable(folder) not in names]
     if unknown:

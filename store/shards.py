@@ -26,7 +26,7 @@ from rae.store.image_folder import open_image_folder
 from rae.store.source import Keys, Source, SourceShard, check_labels
 from rae.store.tar_index import Selection, TarIndex, member_suffixes, read_index, scan_tar
 
-__all__ = ["Keys", "Source", "SourceShard", "check_labels", "is_shards", "open_source"]
+__all__ = ["Keys", "Source", "SourceShard", "check_labels", "expand_files", "is_shards", "open_source"]
 
 _BLOCK = 512
 _OPEN_FILES = 128
@@ -64,7 +64,7 @@ def open_source(
     """
     if Path(spec).is_dir() and not is_shards(spec):
         return open_image_folder(Path(spec), classes, progress)
-    paths = _expand(str(spec))
+    paths = _tars(str(spec))
     indexes, names = _index_all(paths, image_key, label_key, label_field, classes, progress)
     source = _TarSource(paths, indexes, names)
     _check_usable(source, str(spec), image_key, label_key)
@@ -142,18 +142,11 @@ def _announces(header: bytes, key: str, length: int) -> bool:
     return member.size == length and (not start.isascii() or "\\" in start or member.name.startswith(start))
 
 
-def _expand(spec: str) -> list[Path]:
-    """The tars that `spec` names, in order."""
-    if spec.endswith(_COMPRESSED):
-        raise ConfigError(f"{spec}: a compressed tar can't be read by address", "gunzip the tars, then name them")
-    if Path(spec).is_dir():
-        paths = sorted(path for path in Path(spec).glob("*.tar"))
-        prefixes = sorted({path.name.rpartition("-")[0] for path in paths})
-        if {"train", "val"} <= set(prefixes):
-            raise ConfigError(
-                f"{spec} holds several sets of shards ({', '.join(prefixes)}): name one, {spec}/train-*.tar"
-            )
-        return paths
+def expand_files(spec: str) -> list[Path]:
+    """The files that `spec` names, in order: one file, a brace range (`{0000..0099}`, `{a,b}`), a pattern, or both.
+
+    Raises `MissingInput` that names every missing file, `ConfigError` for braces that don't match.
+    """
     if Path(spec).is_file():
         return [Path(spec)]
     try:
@@ -162,7 +155,7 @@ def _expand(spec: str) -> list[Path]:
         raise ConfigError(f"the braces of {spec} don't match") from error
     paths, missing = [], []
     for pattern in patterns:
-        names = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        names = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
         found = [Path(name) for name in names if os.path.isfile(name)]
         paths += found
         missing += [] if found else [pattern]
@@ -170,8 +163,22 @@ def _expand(spec: str) -> list[Path]:
         raise MissingInput(f"{spec} names no file" if glob.has_magic(spec) else f"{spec} does not exist")
     if missing:
         listed = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-        raise MissingInput(f"{len(missing)} of {len(patterns)} shards of {spec} are missing: {listed}")
+        raise MissingInput(f"{len(missing)} of {len(patterns)} files of {spec} are missing: {listed}")
     return paths
+
+
+def _tars(spec: str) -> list[Path]:
+    if spec.endswith(_COMPRESSED):
+        raise ConfigError(f"{spec}: a compressed tar can't be read by address", "gunzip the tars, then name them")
+    if Path(spec).is_dir():
+        paths = sorted(Path(spec).glob("*.tar"))
+        prefixes = sorted({path.name.rpartition("-")[0] for path in paths})
+        if {"train", "val"} <= set(prefixes):
+            raise ConfigError(
+                f"{spec} holds several sets of shards ({', '.join(prefixes)}): name one, {spec}/train-*.tar"
+            )
+        return paths
+    return expand_files(spec)
 
 
 def _index_all(

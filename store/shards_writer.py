@@ -25,6 +25,7 @@ class ShardWriter:
 
     Members have owner 0, mode 0644 and time 0, so equal samples give equal bytes. `close` publishes what was written in
     FOLDER/index.json; until then, and after a failure, the index knows nothing of it. Several prefixes share an index.
+    `paths` are the tars begun so far, `indexes` those finished, by name.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class ShardWriter:
         self._samples_per_shard = samples_per_shard
         self._classes = classes
         self._tar: _TarFile | None = None
-        self._indexes: dict[str, TarIndex] = {}
+        self.indexes: dict[str, TarIndex] = {}
 
     def add(self, key: str, image: bytes, extension: str, label: int = -1) -> None:
         """Append one sample: `key` has no dot in its base name; `extension` (`jpg`) names the format; -1 is no label.
@@ -56,16 +57,15 @@ class ShardWriter:
         if len(self._tar.keys) == self._samples_per_shard:
             self._finish_tar()
 
-    def close(self) -> dict[str, TarIndex]:
-        """Finish the last tar and record all of them in index.json; returns their indexes by name."""
+    def close(self) -> None:
+        """Finish the last tar and record all of them in index.json."""
         self._finish_tar()
         _, others = read_index(self._folder / "index.json")
-        write_index(self._folder / "index.json", self._classes, others | self._indexes)
-        return self._indexes
+        write_index(self._folder / "index.json", self._classes, others | self.indexes)
 
     def _finish_tar(self) -> None:
         if self._tar is not None:
-            self._indexes[self.paths[-1].name] = self._tar.close()
+            self.indexes[self.paths[-1].name] = self._tar.close()
             self._tar = None
 
     def __enter__(self) -> Self:

@@ -12,6 +12,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -113,25 +114,25 @@ def scan_tar(path: Path, selection: Selection) -> TarIndex:
     with _HashedReader(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         groups = _Groups(selection, size)
-        end = 0
+        end, is_clean = 0, True
         if size >= _BLOCK:
             try:
                 # As a stream, so that hashing costs no second read and no header can send us backwards.
                 with tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK) as archive:
-                    end = _walk(archive, groups)
+                    end, is_clean = _walk(archive, size, groups)
             except _DAMAGE as error:
                 raise CorruptData(f"{path} is not a tar file: {error}") from error
         stream.drain()
-        tail = os.pread(stream.fileno(), _BLOCK, end)
-    broken = "" if tail == bytes(_BLOCK) else "damaged tar" if len(tail) == _BLOCK else "truncated tar"
+        tail = os.pread(stream.fileno(), _BLOCK, min(end, size))
+    broken = "" if is_clean and tail == bytes(_BLOCK) else "damaged tar" if len(tail) == _BLOCK else "truncated tar"
     return groups.finish(path.name, stream.digest.hexdigest(), broken)
 
 
 def member_suffixes(path: Path, limit: int = 100) -> list[str]:
     """What the first members of a tar are (`jpg`, `json`): to say in a message what was found instead."""
-    with tarfile.open(path, "r:") as archive:
-        names = [split[1] for split, _ in zip(map(_split, _regular(archive)), range(limit), strict=False) if split]
-    return sorted(set(names))
+    with tarfile.open(path, "r|") as archive:
+        members = islice(_regular(archive, path.stat().st_size), limit)
+        return sorted({split[1] for split in map(_split, members) if split is not None})
 
 
 def parse_number(text: bytes | str, classes: Sequence[str] | None) -> int:
@@ -171,22 +172,26 @@ def _split(member: tarfile.TarInfo) -> tuple[str, str] | None:
     return key, match[2].lower()
 
 
-def _regular(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := archive.next()) is not None:
+def _regular(archive: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar of `size` bytes. `_DAMAGE` for headers that make no sense."""
+    # Beyond the end there is nothing to find, and tarfile would take hours to skip what a broken header announces.
+    while archive.offset <= size and (member := archive.next()) is not None:
+        if member.size < 0:
+            raise tarfile.ReadError("negative size")
         archive.members = []  # type: ignore[attr-defined]  # tarfile would remember every one
         if member.isreg() and not member.issparse():
             yield member
 
 
-def _walk(archive: tarfile.TarFile, groups: "_Groups") -> int:
-    """Hand every member to `groups`; returns the offset at which the archive ends, or stops making sense."""
+def _walk(archive: tarfile.TarFile, size: int, groups: "_Groups") -> tuple[int, bool]:
+    """Hand every member to `groups`; returns the offset at which that ended, and False if a header made no sense."""
     try:
-        for member in _regular(archive):
+        for member in _regular(archive, size):
             if (split := _split(member)) is not None:
                 groups.add(archive, member, *split)
     except _DAMAGE:
-        pass  # the caller looks at what lies where the walk ended
-    return archive.offset
+        return archive.offset, False
+    return archive.offset, True
 
 
 @dataclass
