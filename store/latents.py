@@ -7,7 +7,7 @@ shards are mapped when a row of theirs is asked for, and no row is looked at tha
 import json
 import resource
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -69,13 +69,13 @@ class LatentStore:
         metadata = _read_json(self.folder / ARRAY_FILE)
         self.layout, self.slots = LatentLayout.from_array_metadata(metadata, str(self.folder / ARRAY_FILE))
         parts = read_columns(self.folder / PARTS_FILE, PARTS_SCHEMA, ["part", "slots", "rows", "bytes"])
-        rows, self._bytes = integers(parts, "rows"), integers(parts, "bytes")
+        rows, sizes = integers(parts, "rows"), integers(parts, "bytes")
         numbered = np.array_equal(integers(parts, "part"), np.arange(parts.num_rows))
         if not numbered or parts.num_rows * self.layout.rows_per_part != self.slots:
             raise CorruptData(f"{self.folder / PARTS_FILE} lists other parts than {ARRAY_FILE} has room for")
         self._has_holes = rows < integers(parts, "slots")
         self._first_row = np.concatenate([[0], np.cumsum(rows)])
-        self._shard = lru_cache(_open_files() // 2)(self._open_shard)
+        self._shard = lru_cache(_open_files() // 2)(partial(_open_shard, self.folder, self.layout, sizes, rows))
 
     def __reduce__(self) -> tuple[type["LatentStore"], tuple[Path, bool]]:
         return LatentStore, (self.folder, self.raw)
@@ -217,21 +217,22 @@ class LatentStore:
             places[here] = self._shard(part).valid_rows[places[here]]
         return parts, places
 
-    def _open_shard(self, part: int) -> Shard:
-        path = self.folder / self.layout.shard_key(part)
-        check_size(path, int(self._bytes[part]))
-        shard = Shard(path, self.layout.rows_per_part, self.views, self.layout.latent_bytes)
-        rows = int(self._first_row[part + 1] - self._first_row[part])
-        if shard.valid_rows.size != rows:
-            raise CorruptData(f"{shard.path} holds {shard.valid_rows.size} rows and is listed with {rows}")
-        return shard
-
     def _valid_column(self, column: str) -> Any:
         table = read_columns(self.folder / INDEX_FILE, INDEX_SCHEMA, [column, "valid"])
         values = table[column].filter(table["valid"])
         if table.num_rows != self.slots or len(values) != len(self):
             raise CorruptData(f"{self.folder / INDEX_FILE} has {len(values)} valid rows, {PARTS_FILE} {len(self)}")
         return values
+
+
+def _open_shard(folder: Path, layout: LatentLayout, sizes: IntArray, rows: IntArray, part: int) -> Shard:
+    """A part's shard, of the size and the number of rows that the store lists for it."""
+    path = folder / layout.shard_key(part)
+    check_size(path, int(sizes[part]))
+    shard = Shard(path, layout.rows_per_part, layout.views, layout.latent_bytes)
+    if shard.valid_rows.size != rows[part]:
+        raise CorruptData(f"{path} holds {shard.valid_rows.size} rows and is listed with {rows[part]}")
+    return shard
 
 
 def _open_files() -> int:
