@@ -177,7 +177,11 @@ class TrainDitSection(TrainingSection):
         return self
 
     def check_width(self, token_dim: int) -> None:
-        """Refuse a transformer that is narrower than a token: it cannot represent the noise (paper, Theorem 1)."""
+        """Refuse a transformer narrower than the `token_dim` channels of a token (paper, Theorem 1).
+
+        The outputs of a model of width d span d of a token's n dimensions, so its loss stays above the sum of the n - d
+        least eigenvalues of the velocity's covariance, however long one trains. For DiT-DH the head's width counts.
+        """
         width = self.hidden_size[-1]
         if width < token_dim and not self.allow_narrow:
             part = "the head" if self.model == "DiT-DH" else "the transformer"

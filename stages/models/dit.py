@@ -100,22 +100,6 @@ class DiTConfig:
         return cls(**given)
 
 
-def width_check(config: DiTConfig) -> None:
-    """Refuse a transformer narrower than the tokens that it has to reproduce (paper, Theorem 1).
-
-    The outputs of a model of width d span d of a token's n dimensions, so its loss stays above the sum of the n - d
-    least eigenvalues of the velocity's covariance, however long one trains. For DiT-DH the head's width counts.
-    """
-    width = config.hidden_size[-1]
-    if width < config.token_width:
-        part = "DiT-DH's head" if config.model == "DiT-DH" else config.model
-        raise ConfigError(
-            f"{part} is {width} wide but a token has {config.token_width} numbers: a transformer narrower than its"
-            f" tokens cannot fit them (Theorem 1 of the paper); set `hidden_size` to {config.token_width} or more, or"
-            " `allow_narrow` to train it all the same"
-        )
-
-
 def build_dit(config: DiTConfig) -> "DiTDH | LightningDiT":
     """A freshly initialised model; draws from torch's global generator. `float32`, on the default device."""
     return DiTDH(config) if config.model == "DiT-DH" else LightningDiT(config)

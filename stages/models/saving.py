@@ -1,6 +1,8 @@
 """Weights on the disk: safetensors only, strict on loading, with a digest over names and bytes."""
 
 import hashlib
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,8 +14,20 @@ from rae.store.errors import CorruptData
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a state dict; tensors are moved to the CPU and made contiguous."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+    """Write a new safetensors file and flush it to the disk, readable by whom its folder is.
+
+    safetensors itself makes files that their owner alone can read, and reports a full disk as no `OSError`.
+    """
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens, unwhiten
@@ -72,14 +72,17 @@ class Dit(nn.Module):
         self.requires_grad_(False).eval()
 
     @property
+    def config(self) -> DiTConfig:
+        return self.about.config
+
+    @property
     def num_classes(self) -> int:
-        return self.about.config.num_classes
+        return self.config.num_classes
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W)"""
-        config = self.about.config
-        return config.in_channels, config.input_size, config.input_size
+        return self.config.in_channels, self.config.input_size, self.config.input_size
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         out: Tensor = self.model(x, t, y)
@@ -163,7 +166,7 @@ def save_dit(
 ) -> tuple[tuple[Path, ...], str]:
     """Write a transformer's payload with the (mean, var) [C, H, W] that whiten its latents."""
     path = folder / "latent_stats.safetensors"
-    save_file({"mean": stats[0].contiguous(), "var": stats[1].contiguous()}, path)
+    save_weights(path, {"mean": stats[0], "var": stats[1]})
     files, content = _save(folder, "dit.json", about.to_json(), model, ema)
     return (*files, path), content
 

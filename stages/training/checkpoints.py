@@ -8,7 +8,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from rae.stages.models.saving import save_weights
 from rae.store.errors import CorruptData, PartialResult
 from rae.store.manifest import Json, canonical
 from rae.store.publish import fsync_folder, temporary_name, write_durably
@@ -100,28 +100,11 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(description["step"], tensors, description["state"], folder)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a new safetensors file and flush it to the disk, readable by whom its folder is; `path` is temporary.
-
-    safetensors itself makes files that their owner alone can read, and reports a full disk as no `OSError`.
-    """
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 def _write(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Json) -> None:
     files = {}
     for group, tensors in groups.items():
         path = folder / f"{group}.safetensors"
-        write_tensors(path, tensors)
+        save_weights(path, tensors)
         files[path.name] = _sha256(path)
     description = {"schema": 1, "step": step, "files": files, "state": state}
     whole = {**description, "sha256": hashlib.sha256(canonical(description)).hexdigest()}

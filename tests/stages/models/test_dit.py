@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rae.stages.models.dit import DiTConfig, build_dit, width_check
+from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.layers import PatchEmbed, RMSNorm, RotaryPositions, unpatchify
 from rae.store.errors import ConfigError
 
@@ -217,12 +217,3 @@ def test_a_missing_size_is_named() -> None:
     del values["num_classes"]
     with pytest.raises(ConfigError, match="lacks `num_classes`"):
         DiTConfig.from_dict(values)
-
-
-def test_a_transformer_narrower_than_a_token_is_refused() -> None:
-    width_check(HEAD)
-    width_check(replace(HEAD, in_channels=32))
-    with pytest.raises(ConfigError, match=r"head is 32 wide.*33 numbers.*Theorem 1.*allow_narrow"):
-        width_check(replace(HEAD, in_channels=33))
-    with pytest.raises(ConfigError, match="LightningDiT is 32 wide"):
-        width_check(replace(PLAIN, in_channels=9, patch_size=2))
