@@ -79,4 +79,4 @@ def batch_rows(
         raise IndexError(f"step {step} of an epoch of {steps_per_epoch(rows, batch_size)} steps")
     share = batch_size // world_size
     start = step * batch_size + rank * share
-    return epoch_order(rows, seed, epoch)[start : start + share]
+    return epoch_order(rows, seed, epoch)[start : start + share].copy()

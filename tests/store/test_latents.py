@@ -177,6 +177,7 @@ def test_batches_are_rows_in_the_order_of_the_law(tmp_path: Path, given) -> None
         np.testing.assert_array_equal(batch["label"], store.labels[batch["row"]])
     seen = np.concatenate([batch["row"] for batch in batches])
     assert np.unique(seen).size == 36
+    assert all(array.flags.writeable for array in batches[0].values())  # torch.from_numpy warns of others
 
 
 def test_views_are_drawn_per_row_and_epoch_and_not_by_batch(tmp_path: Path, given) -> None:

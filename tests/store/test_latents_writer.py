@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import resource
-import signal
 import subprocess
 import sys
 import textwrap
@@ -291,7 +290,7 @@ def test_killed_writers_lose_only_the_part_in_hand(tmp_path: Path, given) -> Non
         process.start()
         barrier.wait()
         process.join(delay)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         done = completed_parts(tmp_path / "killed", latents.layout, latents.parts)
         assert seen <= done
