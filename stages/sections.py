@@ -33,7 +33,7 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
-Path = Annotated[str, Runtime]
+Location = Annotated[str | None, Runtime]  # a path, REF or hub id: recipes hold digests and ids instead
 Precision = Literal["float32", "bf16"]
 
 
@@ -45,8 +45,8 @@ class ShardsSection(Section):
     used where they lie.
     """
 
-    train: Path | None = None
-    val: Path | None = None
+    train: Location = None
+    val: Location = None
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     limit: Positive | None = None
     samples_per_shard: Positive = 1000
@@ -70,8 +70,8 @@ class EncodeSection(Section):
     or local folder, or `timm:NAME` with `weights` naming its file.
     """
 
-    encoder: Path = "facebook/dinov2-with-registers-base"  # where it lies; the recipe holds its weights' digests
-    weights: Path | None = None
+    encoder: Annotated[str, Runtime] = "facebook/dinov2-with-registers-base"  # where it lies; the recipe holds its weights' digests
+    weights: Location = None
     feature_index: Annotated[int, Field(ge=0)] | None = None
     image_size: Positive = 256
     encoder_input_size: Positive | None = None
@@ -129,7 +129,7 @@ class TrainDecoderSection(TrainingSection):
     noise_tau: Annotated[float, Field(ge=0)] = 0.8
     perceptual_loss: Literal["lpips", "encoder", "none"] = "lpips"
     perceptual_weight: Annotated[float, Field(ge=0)] = 1.0
-    lpips_weights: Path | None = None
+    lpips_weights: Location = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9978
 
     @model_validator(mode="after")
@@ -146,7 +146,7 @@ class TrainDitSection(TrainingSection):
     For `DiT-DH`, `hidden_size`, `depth` and `num_heads` are pairs: body, head. For `LightningDiT` one number each.
     """
 
-    latents: Path | None = None
+    latents: Location = None
     model: Literal["DiT-DH", "LightningDiT"] = "DiT-DH"
     hidden_size: tuple[Positive, ...] = (384, 2048)
     depth: tuple[Positive, ...] = (12, 2)
@@ -197,8 +197,8 @@ class SampleSection(Section):
     `dit` and `decoder` are REFs to others than this configuration trains.
     """
 
-    dit: Path | None = None
-    decoder: Path | None = None
+    dit: Location = None
+    decoder: Location = None
     num_images: Positive = 50_000
     classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     seed: int = 0
@@ -219,7 +219,7 @@ class EvaluateSection(Section):
     """
 
     extractor: str = "efficientnet-lite0"
-    extractor_weights: Path | None = None
+    extractor_weights: Location = None
     extractor_input_size: Positive = 224
     classifier: Literal["pixels", "features", "none"] = "features"
     transfer_images: Positive = 500
