@@ -54,6 +54,7 @@ def run_command(
 ) -> None:
     """Run every stage that is missing, in order, and write the report."""
     from rae.pipeline import runner
+    from rae.pipeline.launch import is_main
     from rae.pipeline.report import write_report
 
     pipeline, options = _prepare(config, workspace, overrides, as_json, quiet, restart, device)
@@ -63,6 +64,8 @@ def run_command(
         return
     runner.preflight(pipeline)
     outcomes = runner.run_stages(pipeline, stages, options)
+    if not is_main():
+        return
     report = write_report(pipeline)
     options.console.say(f"report: {report}")
     if as_json:
@@ -195,8 +198,10 @@ def config_validate(config: Config, overrides: Set = None) -> None:
 
 def _options(as_json: bool = False, quiet: bool = False, restart: bool = False, device: str = "auto") -> "Options":
     from rae.pipeline.console import Console, log_to
+    from rae.pipeline.launch import is_main
     from rae.pipeline.runner import Options
 
+    quiet = quiet or not is_main()
     log_to("stderr", quiet)
     return Options(restart=restart, device=device, console=Console(quiet, as_json))
 
@@ -221,7 +226,9 @@ def _prepare(
 
 
 def _show_outcome(outcome: "Outcome", options: "Options") -> None:
-    if options.console.as_json:
+    from rae.pipeline.launch import is_main
+
+    if options.console.as_json and is_main():
         options.console.print_json(outcome.to_json())
 
 
@@ -242,3 +249,7 @@ def main() -> None:
         if error.next_command:
             print(f"  next: {error.next_command}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":  # torchrun -m rae.pipeline.cli
+    main()

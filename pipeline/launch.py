@@ -1,7 +1,34 @@
-"""Where a stage runs: the only place that knows of devices and processes."""
+"""Where a stage runs: the only place that knows of devices and processes.
+
+Several processes are started by torchrun: `torchrun --nproc-per-node 8 -m rae.pipeline.cli train-dit CONFIG`. Rank 0
+finds, begins and publishes; all ranks work on its attempt.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rae.store.errors import ConfigError
 from rae.store.manifest import Json
+
+if TYPE_CHECKING:
+    from rae.stages.training.ranks import Ranks
+
+
+def is_main() -> bool:
+    """Whether this process is the one that speaks: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def processes(device: str) -> Iterator["Ranks"]:
+    """This process among those that torchrun started, connected; alone there is nothing to connect."""
+    from rae.stages.training.ranks import Ranks
+
+    ranks = Ranks.from_environment()
+    with ranks.process_group(ranks.device(device)):
+        yield ranks
 
 
 def device(asked: str) -> str:

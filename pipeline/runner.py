@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -112,7 +113,7 @@ def convert(section: ShardsSection, out: str, options: Options) -> Outcome:
         raise ConfigError(f"{folder} is not empty, and rae did not begin it; choose another OUT folder")
     publish_bytes(folder / "started.json", canonical({"recipe": task.recipe}))
     work = Work("shards", "shards", task.recipe, folder, folder, ())
-    publish_bytes(folder / "manifest.json", _run(task, work, options).to_json())
+    publish_bytes(folder / "manifest.json", _run(task, work, "cpu", options.console).to_json())
     made = read_artifact(folder)
     options.console.done("shards", made)
     return Outcome(made, reused=False)
@@ -130,8 +131,16 @@ def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
             return Outcome(found, reused=True)
         console.begins(stage.verb)
         inputs = {role: artifact.as_input() for role, artifact in task.inputs.items()}
-        work = workspace.begin(stage.kind, pipeline.config.name, task.recipe, inputs, options.restart)
-        artifact = workspace.publish(work, _run(task, work, options))
+        device = launch.device(options.device)
+        with launch.processes(device) as ranks:
+            begin = partial(workspace.begin, stage.kind, pipeline.config.name, task.recipe, inputs, options.restart)
+            work = ranks.broadcast(begin() if ranks.is_main else None)
+            assert work is not None
+            manifest = _run(task, work, device, console)
+            if ranks.is_main:
+                workspace.publish(work, manifest)
+            ranks.barrier()
+        artifact = read_artifact(work.folder)
     except OSError as error:
         raise _explained(error, stage) from error
     except KeyboardInterrupt:  # the second Ctrl-C, or one before the stage could listen
@@ -140,10 +149,9 @@ def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
     return Outcome(artifact, reused=False)
 
 
-def _run(task: Task, work: Work, options: Options) -> Manifest:
+def _run(task: Task, work: Work, device: str, console: Console) -> Manifest:
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
-    device = launch.device(options.device)
-    with options.console.progress(task.stage.verb) as progress, _signals() as stop:
+    with console.progress(task.stage.verb) as progress, _signals() as stop:
         job = Job(
             folder=work.attempt,
             earlier=work.earlier,

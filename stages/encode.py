@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from rae.stages.images import BadImage, center_crop, decode
-from rae.stages.job import Job, Result
+from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.encoders import Encoder, describe, load_encoder
 from rae.stages.models.pixels import to_unit
 from rae.stages.models.weights import EncoderFiles
 from rae.stages.sections import EncodeSection
-from rae.store.errors import CorruptData
+from rae.stages.training.ranks import Ranks
 from rae.store.latents_finish import completed_parts, finish
 from rae.store.latents_writer import PartWriter
 from rae.store.layout import LatentLayout, plan_parts
@@ -59,7 +59,8 @@ def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -
     )
     parts = plan_parts([shard.samples for shard in source.shards], layout.rows_per_part)
     done = completed_parts(job.folder, layout, parts)
-    missing = [part for part in parts if part.number not in done]
+    ranks = Ranks.from_environment()
+    missing = [part for part in parts if part.number not in done][ranks.rank :: ranks.world_size]
     before, total, began = sum(part.count for part in parts if part.number in done), len(source), time.monotonic()
 
     def report(encoded: int) -> None:
@@ -83,9 +84,10 @@ def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -
                 else:
                     writer.publish()
             job.check_stop()
+    ranks.barrier()
+    if not ranks.is_main:
+        return NOTHING
     summary = finish(job.folder, layout, parts, source.digests)
-    if not summary.rows:
-        raise CorruptData(f"none of the {total} images could be encoded ({_counted(summary.reasons)})")
     replace_bytes(job.folder / "encoder.json", json.dumps(describe(encoder), indent=1, sort_keys=True).encode())
     metrics: dict[str, Any] = {
         "rows": summary.rows,
@@ -100,10 +102,6 @@ def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -
     if summary.reasons:
         metrics["invalid_reasons"] = dict(summary.reasons)
     return Result(summary.content, metrics, (*summary.files, job.folder / "encoder.json"))
-
-
-def _counted(reasons: dict[str, int]) -> str:
-    return ", ".join(f"{reason}: {count}" for reason, count in sorted(reasons.items()))
 
 
 def _decoded_batches(

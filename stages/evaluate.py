@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rae.stages.images import BadImage, center_crop, decode
-from rae.stages.job import Job, Result
+from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.encoders import Encoder, describe, load_encoder
 from rae.stages.models.pixels import to_uint8, to_unit
 from rae.stages.models.trained import Autoencoder, Decoder, check_compatible
@@ -17,6 +17,7 @@ from rae.stages.scoring.extractors import load_extractor
 from rae.stages.scoring.reconstruction import psnr_db, ssim
 from rae.stages.scoring.scores import score_generation
 from rae.stages.sections import EvaluateSection
+from rae.stages.training.ranks import Ranks
 from rae.store.artifacts import Artifact
 from rae.store.errors import CorruptData
 from rae.store.manifest import Json, canonical
@@ -35,6 +36,8 @@ def run(
     job: Job,
 ) -> Result:
     """Score the decoder on held-out images, and the samples, if there are any, against them."""
+    if not Ranks.from_environment().is_main:
+        return NOTHING
     decoding = Decoder.load(decoder.payload, device=job.device)
     known = decoding.encoder
     encoder = load_encoder(files, known["input_size"], known["feature_index"], job.device)

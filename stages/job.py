@@ -45,3 +45,7 @@ class Result:
     content: str
     metrics: dict[str, Any]
     files: tuple[Path, ...] = field(default=())
+
+
+# What ranks other than the first hand back: the first describes what all of them made.
+NOTHING = Result("", {})

@@ -13,12 +13,13 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from rae.stages.job import Job, Result
+from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.pixels import to_uint8
 from rae.stages.models.samplers import sample_ode
 from rae.stages.models.trained import Decoder, Dit, check_compatible
 from rae.stages.sections import SampleSection
 from rae.stages.training.randomness import normal
+from rae.stages.training.ranks import Ranks
 from rae.store.artifacts import Artifact
 from rae.store.errors import ConfigError
 
@@ -29,24 +30,23 @@ def run(section: SampleSection, dit: Artifact, decoder: Artifact, job: Job) -> R
     decode = Decoder.load(decoder.payload, device=job.device)
     check_compatible(model.about.encoder, decode.encoder)
     labels = choose_labels(section, model.num_classes)
-    files, began = [], time.monotonic()
-    content = hashlib.sha256()
-    for number, first in enumerate(range(0, len(labels), section.batch_size)):
+    ranks = Ranks.from_environment()
+    starts = range(0, len(labels), section.batch_size)
+    paths = [job.folder / f"images/batch-{number:06d}.npz" for number in range(len(starts))]
+    paths[0].parent.mkdir(exist_ok=True)
+    began = time.monotonic()
+    for path, first in list(zip(paths, starts, strict=True))[ranks.rank :: ranks.world_size]:
         indices = np.arange(first, min(first + section.batch_size, len(labels)))
-        name = f"images/batch-{number:06d}.npz"
-        path = job.folder / name
-        path.parent.mkdir(exist_ok=True)
-        images = _taken_over(name, path, labels[indices], job)
-        if images is None:
-            images = draw(model, decode, labels[indices], indices, section)
-            _save(path, images, labels[indices])
-        content.update(images.tobytes() + labels[indices].astype("<i8").tobytes())
-        files.append(path)
+        if not _take_over(path, labels[indices], job):
+            _save(path, draw(model, decode, labels[indices], indices, section), labels[indices])
         job.progress(int(indices[-1]) + 1, len(labels), "images")
         job.check_stop()
+    ranks.barrier()
+    if not ranks.is_main:
+        return NOTHING
     seconds = time.monotonic() - began
     metrics = {"images": len(labels), "images_per_second": round(len(labels) / max(seconds, 1e-9), 3)}
-    return Result(content.hexdigest(), metrics, tuple(files))
+    return Result(_digest(paths), metrics, tuple(paths))
 
 
 def choose_labels(section: SampleSection, num_classes: int) -> np.ndarray:
@@ -93,19 +93,28 @@ def draw(dit: Dit, decoder: Decoder, labels: np.ndarray, indices: np.ndarray, se
     return to_uint8(images)[: len(indices)]
 
 
-def _taken_over(name: str, path: Path, labels: np.ndarray, job: Job) -> np.ndarray | None:
-    """A batch that an earlier attempt at this recipe finished, linked or copied into this one."""
+def _take_over(path: Path, labels: np.ndarray, job: Job) -> bool:
+    """Copy a batch that an earlier attempt at this recipe finished into this attempt; False if there is none."""
     for attempt in job.earlier:
         try:
-            with np.load(attempt / name, allow_pickle=False) as batch:
-                images: np.ndarray = batch["images"]
-                found = batch["labels"]
+            with np.load(attempt / path.relative_to(job.folder), allow_pickle=False) as batch:
+                images, found = batch["images"], batch["labels"]
         except (OSError, ValueError, KeyError, BadZipFile):
             continue
         if np.array_equal(found, labels):
             _save(path, images, labels)
-            return images
-    return None
+            return True
+    return False
+
+
+def _digest(paths: list[Path]) -> str:
+    """sha256 over images and labels in index order, whatever the batches."""
+    images, labels = hashlib.sha256(), hashlib.sha256()
+    for path in paths:
+        with np.load(path, allow_pickle=False) as batch:
+            images.update(batch["images"].tobytes())
+            labels.update(batch["labels"].astype("<i8").tobytes())
+    return hashlib.sha256(images.digest() + labels.digest()).hexdigest()
 
 
 def _save(path: Path, images: np.ndarray, labels: np.ndarray) -> None:

@@ -70,7 +70,9 @@ class EncodeSection(Section):
     or local folder, or `timm:NAME` with `weights` naming its file.
     """
 
-    encoder: Annotated[str, Runtime] = "facebook/dinov2-with-registers-base"  # where it lies; the recipe holds its weights' digests
+    encoder: Annotated[str, Runtime] = (
+        "facebook/dinov2-with-registers-base"  # where it lies; the recipe holds its weights' digests
+    )
     weights: Location = None
     feature_index: Annotated[int, Field(ge=0)] | None = None
     image_size: Positive = 256

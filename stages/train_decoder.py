@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rae.stages.images import BadImage, center_crop, decode, resized_crop
-from rae.stages.job import Job, Result
+from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens
 from rae.stages.models.encoders import Encoder, describe, load_encoder
 from rae.stages.models.perceptual import build_perceptual
@@ -96,9 +96,10 @@ def run(section: TrainDecoderSection, encode: EncodeSection, source: Source, fil
         noise = normal((encoder.token_dim, *encoder.grid), section.seed, "noise", epoch, rows, device)
         return Batch(images, level, noise, [source.keys[row] for row in rows])
 
-    with ranks.process_group(device):
-        learner = Learner(ViTDecoder(config), loss, section, rows=len(crops), ranks=ranks, device=device)
-        metrics = train(learner, batch, section=section, rows=len(crops), job=job, ranks=ranks)
+    learner = Learner(ViTDecoder(config), loss, section, rows=len(crops), ranks=ranks, device=device)
+    metrics = train(learner, batch, section=section, rows=len(crops), job=job, ranks=ranks)
+    if not ranks.is_main:
+        return NOTHING
     model, ema = learner.model.state_dict(), learner.ema.model.state_dict()
     files_made, content = save_decoder(job.folder, config, describe(encoder), model, ema)
     parameters = sum(parameter.numel() for parameter in learner.model.parameters())

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rae.stages.job import Job, Result
+from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.trained import DitDescription, read_encoder, save_dit
 from rae.stages.models.transport import Transport, auto_shift
@@ -57,9 +57,10 @@ def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
         rows = batch_rows(len(store), section.batch_size, section.seed, epoch, step, *place)
         return make_batch(store, rows, epoch, section, transport, num_classes, device)
 
-    with ranks.process_group(device):
-        learner = Learner(build_dit(config), loss, section, rows=len(store), ranks=ranks, device=device)
-        metrics = train(learner, batch, section=section, rows=len(store), job=job, ranks=ranks)
+    learner = Learner(build_dit(config), loss, section, rows=len(store), ranks=ranks, device=device)
+    metrics = train(learner, batch, section=section, rows=len(store), job=job, ranks=ranks)
+    if not ranks.is_main:
+        return NOTHING
     stats = torch.from_numpy(store.stats.mean).float(), torch.from_numpy(store.stats.variance).float()
     files, content = save_dit(job.folder, about, stats, learner.model.state_dict(), learner.ema.model.state_dict())
     parameters = sum(parameter.numel() for parameter in learner.model.parameters())
