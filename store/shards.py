@@ -197,6 +197,8 @@ def _index_all(
         known |= {folder / name: index for name, index in indexes.items()}
         if given is None:
             given = beside if beside is not None else read_classes(folder / "classes.json")
+        elif beside is not None and beside != given and set(beside) == set(given):
+            raise ConfigError(f"`classes` has the names of {folder / 'index.json'} in another order than its labels")
     selection = Selection(tuple(image_key.lower().split(";")), tuple(label_key.lower().split(";")), label_field, given)
     indexes_in_order = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock

@@ -393,6 +393,13 @@ def test_an_index_that_can_not_be_right_is_refused(tmp_path: Path, change: objec
         open_source(f"{folder}/train-*.tar")
 
 
+def test_classes_in_another_order_than_the_index_are_refused(tmp_path: Path) -> None:
+    spec = f"{written(tmp_path / 'out')}/train-*.tar"
+    assert open_source(spec, classes=["Katze", "Hund"]).classes == ("Katze", "Hund")
+    with pytest.raises(ConfigError, match="in another order"):
+        open_source(spec, classes=["dog", "cat"])
+
+
 def test_another_tools_index_is_passed_over(tmp_path: Path) -> None:
     folder = written(tmp_path / "out")
     (folder / "index.json").write_text('{"wids_version": 1, "shardlist": [{"url": "train-0000.tar", "nsamples": 2}]}')
