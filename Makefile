@@ -27,7 +27,8 @@ lint:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/lint-imports
+	# From .typing, where the folders stand as the portions of `rae` that they become in the wheel.
+	cd .typing && ../.venv/bin/lint-imports --config ../pyproject.toml
 
 test-faults: .venv/installed-test
 	RAE_FAULTS=all .venv/bin/pytest tests/faults
