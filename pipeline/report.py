@@ -1,0 +1,236 @@
+"""`rae report`: one self-contained HTML file of what is done, written from artifacts alone. Imports no torch."""
+
+import datetime
+import json
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup, escape
+
+from rae.pipeline import report_scores
+from rae.pipeline.config import to_yaml
+from rae.pipeline.plan import STAGES, Pipeline
+from rae.pipeline.report_charts import Floats, loss_chart, rate_chart, smoothing_window, uses_log
+from rae.pipeline.report_facts import Facts, collect, cost, in_one_unit, lineage, machines, seconds
+from rae.pipeline.report_images import PIXELATED_UP_TO, read_gallery, read_pairs
+from rae.store.errors import RaeError
+from rae.store.manifest import Json
+from rae.store.publish import replace_bytes
+from rae.store.shards import Source
+
+
+def write_report(pipeline: Pipeline) -> Path:
+    """Write WORKSPACE/reports/NAME.html, whole or not at all, and return its path.
+
+    Raises `CorruptData` if an artifact does not hold what its kind promises; a stage that is not done is named in the
+    report. The same artifacts give the same file, but for its date.
+    """
+    page = render(pipeline, datetime.datetime.now(datetime.UTC))
+    path = pipeline.workspace.root / "reports" / f"{pipeline.config.name}.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_bytes(path, page.encode())
+    return path
+
+
+def render(pipeline: Pipeline, now: datetime.datetime) -> str:
+    """The report as HTML. Names, paths and messages are untrusted text: the template escapes all of them."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["prose"] = prose
+    template = resources.files("rae.pipeline").joinpath("report.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(describe(collect(pipeline)), date=f"{now:%d %B %Y, %H:%M} UTC")
+
+
+def prose(text: str) -> Markup:
+    """Untrusted text as HTML, with what stands between backticks as code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return escape(text)
+    return Markup().join(
+        Markup("<code>{}</code>").format(part) if place % 2 else escape(part) for place, part in enumerate(parts)
+    )
+
+
+def describe(facts: Facts) -> Json:
+    """Everything that the template shows."""
+    config = facts.pipeline.config
+    scores = report_scores.read_scores(facts.made["scores"]) if "scores" in facts.made else None
+    return {
+        "name": config.name,
+        "description": config.description,
+        "figures": figures(facts, scores),
+        "undone": [stage.verb for stage in facts.stages if stage.kind not in facts.made],
+        "next_command": facts.pipeline.command("run"),
+        "missing": facts.missing,
+        "model": model_facts(facts),
+        "reconstructions": reconstructions(facts, scores),
+        "gallery": gallery(facts),
+        "curves": [curve(facts, kind) for kind in ("decoder", "dit")],
+        "scores": score_table(scores),
+        "cost": cost(facts),
+        "machines": machines(facts),
+        "yaml": to_yaml(config),
+        "lineage": lineage(facts),
+    }
+
+
+def figures(facts: Facts, scores: report_scores.Scores | None) -> list[Json]:
+    """The headline numbers: value, unit, name, and what to hold it against."""
+    shown = _score_figures(scores) if scores is not None else []
+    if facts.made:
+        done = sum(stage.kind in facts.made for stage in facts.stages)
+        stages = f"{done} of {len(facts.stages)} stages" if done < len(facts.stages) else f"all {done} stages"
+        value, unit = in_one_unit(sum(map(seconds, facts.made.values())))
+        shown.append({"value": value, "unit": unit, "name": "total time", "note": stages})
+    return shown
+
+
+def _score_figures(scores: report_scores.Scores) -> list[Json]:
+    """The samples' scores beside real images'; the Fréchet distance only where there are no classes to score."""
+    shown = []
+    samples, real = (scores.generation.get(row, {}) for row in ("samples", "real"))
+    for metric in report_scores.columns(scores):
+        if metric.name in samples and (metric.higher_is_better or "class_agreement" not in samples):
+            note = f"real images: {real[metric.name]:{metric.digits}}" if metric.name in real else ""
+            value = f"{samples[metric.name]:{metric.digits}}"
+            shown.append({"value": value, "unit": "", "name": metric.name, "note": note})
+    if "psnr_db" in scores.reconstruction:
+        value = f"{scores.reconstruction['psnr_db']:.1f}"
+        shown.append({"value": value, "unit": "dB", "name": "reconstruction_psnr_db", "note": "held-out images"})
+    return shown
+
+
+def model_facts(facts: Facts) -> Json:
+    """Sizes that the opening paragraph names, where they are known."""
+    metrics = {kind: artifact.manifest.metrics for kind, artifact in facts.made.items()}
+    encode = facts.pipeline.config.encode
+    return {
+        "encoder": encode.encoder if encode else None,
+        "image_size": encode.image_size if encode else None,
+        "latent_shape": metrics.get("latents", {}).get("shape"),
+        "decoder": _count(metrics.get("decoder", {}).get("parameters")),
+        "dit": _count(metrics.get("dit", {}).get("parameters")),
+    }
+
+
+def reconstructions(facts: Facts, scores: report_scores.Scores | None) -> Json | None:
+    if scores is None:
+        return None
+    pairs, image_size = read_pairs(facts.made["scores"])
+    psnr_db, ssim = scores.reconstruction.get("psnr_db"), scores.reconstruction.get("ssim")
+    return {
+        "pairs": pairs,
+        "pixelated": image_size <= PIXELATED_UP_TO,
+        "image_size": image_size,
+        "images": scores.protocol.get("reconstructions", len(pairs)),
+        "psnr_db": f"{psnr_db:.2f}" if psnr_db is not None else None,
+        "ssim": f"{ssim:.3f}" if ssim is not None else None,
+    }
+
+
+def gallery(facts: Facts) -> Json | None:
+    samples = facts.made.get("samples")
+    if samples is None:
+        return None
+    shown = read_gallery(samples, _class_names(facts), _held_out(facts.pipeline))
+    section = samples.manifest.config.get("sample", {})
+    settings = {key: section.get(key) for key in ("num_steps", "sampler", "guidance_scale", "seed")}
+    return {"shown": shown, "settings": settings, "pixelated": shown.image_size <= PIXELATED_UP_TO}
+
+
+def curve(facts: Facts, kind: str) -> Json:
+    """The loss and the learning rate of a trainer over its steps."""
+    title = {"decoder": "Decoder", "dit": "Diffusion transformer"}[kind]
+    stage = next(stage for stage in STAGES.values() if stage.kind == kind)
+    shown: Json = {"title": title, "kind": kind, "verb": stage.verb}
+    if kind not in facts.made:
+        return shown | {"loss": None}
+    artifact = facts.made[kind]
+    log, section = artifact.payload / "metrics.jsonl", artifact.manifest.config.get(stage.name, {})
+    steps, loss = read_series(log, "loss")
+    if not len(loss):
+        return shown | {"loss": None, "empty": True}
+    rate = read_series(log, "lr")
+    return shown | {
+        "loss": loss_chart(steps, loss, f"{title}: loss by step", _loss_name(kind, section)),
+        "lr": rate_chart(*rate, f"{title}: learning rate by step") if len(rate[0]) else Markup(""),
+        "smoothed": smoothing_window(len(loss)) > 1,
+        "log": uses_log(loss),
+        "first": f"{loss[0]:.3g}",
+        "last": f"{loss[-1]:.3g}",
+        "last_step": f"{steps[-1]:,.0f}",
+        **{key: section.get(key) for key in ("batch_size", "prediction", "noise_tau")},
+    }
+
+
+def _loss_name(kind: str, section: Json) -> str:
+    if kind == "decoder":
+        perceptual = section.get("perceptual_loss", "none")
+        return "L1 loss" if perceptual == "none" else "L1 + perceptual loss"
+    return f"{section.get('prediction', 'velocity')} loss"
+
+
+def read_series(path: Path, name: str) -> tuple[Floats, Floats]:
+    """Steps [N] and the finite values of `name` [N] in a trainer's log; empty arrays if there are none.
+
+    Tolerant, since a report of everything else is worth more than a log: lines that are not JSON objects with a step
+    and this number are left out.
+    """
+    points = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+            step, value = float(entry["step"]), float(entry[name])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if math.isfinite(step) and math.isfinite(value):
+            points[step] = value
+    ordered = sorted(points.items())
+    return np.array([step for step, _ in ordered]), np.array([value for _, value in ordered])
+
+
+def score_table(scores: report_scores.Scores | None) -> Json | None:
+    if scores is None:
+        return None
+    columns = report_scores.columns(scores)
+    rows = [row for row in report_scores.ROWS if row.name in scores.generation]
+    return {
+        "columns": [(metric, report_scores.meaning(metric, scores.protocol)) for metric in columns],
+        "rows": [(row, [report_scores.cell(scores, row, metric) for metric in columns]) for row in rows],
+        "matched": report_scores.matched_by_baselines(scores),
+        "protocol": report_scores.protocol_card(scores.protocol),
+    }
+
+
+def _class_names(facts: Facts) -> list[str] | None:
+    """The names that the transformer knows its classes by."""
+    if "dit" not in facts.made:
+        return None
+    try:
+        names = json.loads((facts.made["dit"].payload / "dit.json").read_bytes())["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _held_out(pipeline: Pipeline) -> Source | None:
+    """The held-out images, if they still lie where they lay: a report can do without."""
+    try:
+        return pipeline.val
+    except (RaeError, OSError):
+        return None
+
+
+def _count(number: Any) -> str | None:
+    """`950 k`, `2.1 M`, `1.2 B` parameters."""
+    if not isinstance(number, int | float):
+        return None
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:g}"
