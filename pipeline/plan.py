@@ -10,6 +10,7 @@
 Nothing here loads torch: whether work is done is a question of digests alone.
 """
 
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from rae.stages.shards import in_place, source_digest
 from rae.stages.sources import Split
 from rae.store.artifacts import Artifact, Workspace
 from rae.store.errors import ConfigError, MissingInput, StaleInput
-from rae.store.manifest import Json, differing_fields
+from rae.store.manifest import Json, canonical, differing_fields
 from rae.store.shards import Source, open_source
 
 S = TypeVar("S", bound=Section)
@@ -193,7 +194,7 @@ class Pipeline:
 def _recipe(stage: str, config: Json, inputs: dict[str, Artifact] | None = None, **digests: Any) -> Json:
     """The canonical recipe: kind and versions, settings, ids of inputs, digests of weights and source shards."""
     row = STAGES[stage]
-    return {
+    recipe = {
         "kind": row.kind,
         "schema": 1,
         "stage": {"name": stage, "version": row.version},
@@ -201,6 +202,8 @@ def _recipe(stage: str, config: Json, inputs: dict[str, Artifact] | None = None,
         "inputs": {role: artifact.id for role, artifact in (inputs or {}).items()},
         **digests,
     }
+    plain: Json = json.loads(canonical(recipe))  # as it will be read back: tuples are lists
+    return plain
 
 
 # ---- one function a stage: its recipe, its inputs, and the call ----------------------------------------------------
@@ -215,7 +218,9 @@ def shards_task(section: ShardsSection) -> Task:
 def _encode(pipeline: Pipeline) -> Task:
     section = pipeline.section("encode", EncodeSection)
     source, files = pipeline.train, pipeline.encoder_files
-    recipe = _recipe("encode", pipeline.encoding(), weights=files.digests, source=source.digests)
+    # The classes, since tars that name their labels leave the numbers to them.
+    digests = {"weights": files.digests, "source": source.digests, "classes": source.classes}
+    recipe = _recipe("encode", pipeline.encoding(), **digests)
 
     def run(job: Job) -> Result:
         from rae.stages import encode
