@@ -6,7 +6,7 @@ from rae.pipeline.console import duration, size
 from rae.pipeline.plan import STAGES, Pipeline, Stage
 from rae.store.artifacts import Artifact
 from rae.store.errors import RaeError
-from rae.store.manifest import Json
+from rae.store.manifest import Json, differing_fields
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def collect(pipeline: Pipeline) -> Facts:
             missing[stage.kind] = Missing(error.message, error.next_command)
             continue
         if artifact is None:
-            missing[stage.kind] = Missing(f"`{stage.verb}` has not run yet", pipeline.command(stage.verb))
+            missing[stage.kind] = Missing(_not_made(pipeline, stage), pipeline.command(stage.verb))
         else:
             found[stage.kind] = artifact
     waiting = list(found.values())
@@ -59,6 +59,15 @@ def collect(pipeline: Pipeline) -> Facts:
         if stage.kind not in found and stage.kind not in missing:
             missing[stage.kind] = Missing(f"the configuration has no section `{stage.name}`")
     return Facts(pipeline, found, missing)
+
+
+def _not_made(pipeline: Pipeline, stage: Stage) -> str:
+    """Why the stage has nothing: it has not run, or what goes by this name was made with other settings."""
+    before = _resolved(pipeline, {"kind": stage.kind, "id": pipeline.config.name})
+    if before is None:
+        return f"`{stage.verb}` has not run yet"
+    fields = "; ".join(differing_fields(pipeline.task(stage.name).recipe, before.manifest.recipe))
+    return f"`{stage.verb}` has not run with these settings; what is there was made with others ({fields})"
 
 
 def _resolved(pipeline: Pipeline, one: Json) -> Artifact | None:
@@ -76,7 +85,7 @@ def cost(facts: Facts) -> Json:
     for stage in facts.stages:
         artifact = facts.made.get(stage.kind)
         if artifact is None:
-            rows.append({"verb": stage.verb, "missing": True})
+            rows.append({"verb": stage.verb, "kind": stage.kind, "missing": True})
             continue
         taken = sum(path.stat().st_size for path in artifact.folder.rglob("*") if path.is_file())
         all_bytes += taken

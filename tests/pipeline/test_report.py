@@ -17,9 +17,8 @@ from sklearn.datasets import load_digits
 
 from rae.pipeline import config as configuration
 from rae.pipeline.plan import STAGES, Pipeline
-from rae.pipeline.report import prose, read_series, render, write_report
-from rae.pipeline.report_images import read_gallery
-from rae.store.artifacts import Artifact, Workspace
+from rae.pipeline.report import prose, render, write_report
+from rae.store.artifacts import Workspace
 from rae.store.errors import CorruptData
 from rae.store.manifest import Json, Manifest
 from rae.store.shards_writer import ShardWriter
@@ -350,36 +349,19 @@ def test_a_stage_that_the_configuration_leaves_out_is_found_through_lineage(full
     assert "reused from quickstart" in parsed.text
 
 
+def test_what_was_made_with_other_settings_is_told_apart(full: Pipeline) -> None:
+    settings = configuration.load("quickstart", ["sample.num_steps=7"])
+    parsed = Page(render(Pipeline(settings, full.workspace, ["quickstart", "-s", "sample.num_steps=7"]), NOW))
+    assert "Not all stages are done: sample, evaluate still missing." in parsed.text
+    assert "made with others (config.sample.num_steps: found 50, asked 7)" in parsed.text
+    assert "Next: rae sample quickstart -s sample.num_steps=7" in parsed.text
+
+
 def test_without_a_section_there_is_nothing_to_show(tmp_path: Path) -> None:
     maker = Maker(tmp_path / "workspace", ("train_dit=null", "sample=null", "evaluate=null"))
     parsed = Page(render(maker.make("shards", "encode", "train_decoder"), NOW))
     assert "Not all stages are done" not in parsed.text
     assert "Missing: the configuration has no section sample." in parsed.text
-
-
-def test_many_classes_show_the_first_twelve(tmp_path: Path) -> None:
-    labels = np.resize(np.arange(30), 240)
-    images = np.zeros((240, 8, 8, 3), np.uint8)
-    images[:, 0, 0, 0] = np.arange(240)
-    gallery = read_gallery(samples_artifact(tmp_path, images, labels), None, None)
-    assert [row.name for row in gallery.rows] == [f"class {label}" for label in range(12)]
-    assert (gallery.classes, gallery.images) == (30, 240)
-    assert [int(picture(uri)[0, 0, 0]) for uri in gallery.rows[2].generated] == list(range(2, 240, 30))
-
-
-def test_an_unconditional_model_has_one_row_without_a_name(tmp_path: Path) -> None:
-    images = np.zeros((64, 200, 200, 3), np.uint8)
-    gallery = read_gallery(samples_artifact(tmp_path, images, np.zeros(64, np.int64)), None, None)
-    assert [(row.name, len(row.generated)) for row in gallery.rows] == [("", 40)]
-    assert picture(gallery.rows[0].generated[0]).shape == (160, 160, 3)  # large ones are scaled down
-
-
-def samples_artifact(folder: Path, images: np.ndarray, labels: np.ndarray) -> Artifact:
-    (folder / "images").mkdir()
-    for number, first in enumerate(range(0, len(labels), 50)):
-        batch = slice(first, first + 50)
-        (folder / "images" / f"batch-{number:06d}.npz").write_bytes(npz(images=images[batch], labels=labels[batch]))
-    return Artifact(folder, Manifest("samples", "some", {}, "", {}, {}, [], {}))
 
 
 @pytest.mark.parametrize("damage", [b"not a zip", npz(originals=np.zeros((2, 8, 8, 3)), reconstructions=np.zeros(3))])
@@ -389,15 +371,6 @@ def test_a_damaged_payload_is_named(tmp_path: Path, damage: bytes) -> None:
     path.write_bytes(damage)
     with pytest.raises(CorruptData, match=r"reconstructions\.npz"):
         render(pipeline, NOW)
-
-
-def test_a_log_is_read_as_far_as_it_makes_sense(tmp_path: Path) -> None:
-    log = tmp_path / "metrics.jsonl"
-    log.write_text('{"step": 2, "loss": 0.5}\n{"step": 1, "loss": 1.5}\n{"step": 3, "loss": null}\n[]\n{"step": 4, "lo')
-    steps, loss = read_series(log, "loss")
-    assert steps.tolist() == [1, 2]
-    assert loss.tolist() == [1.5, 0.5]
-    assert not len(read_series(tmp_path / "absent.jsonl", "loss")[0])
 
 
 def test_the_report_needs_no_torch() -> None:
