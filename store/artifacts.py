@@ -154,7 +154,8 @@ class Workspace:
             if other.kind == kind and other.name == name and other.id != id:
                 if not restart:
                     fields = "; ".join(differing_fields(recipe, other.recipe))
-                    raise StaleInput(f"unfinished {kind} `{name}` was begun with other settings ({fields})")
+                    begun = f"unfinished {kind} `{name}` was begun with other settings ({fields})"
+                    raise StaleInput(f"{begun}; --restart drops what it has done")
                 shutil.rmtree(other.folder)
         folder = self.folder(kind, id)
         folder.mkdir(parents=True, exist_ok=True)
