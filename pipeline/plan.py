@@ -219,7 +219,7 @@ def _encode(pipeline: Pipeline) -> Task:
     section = pipeline.section("encode", EncodeSection)
     source, files = pipeline.train, pipeline.encoder_files
     # The classes, since tars that name their labels leave the numbers to them.
-    digests = {"weights": files.digests, "source": source.digests, "classes": source.classes}
+    digests: Json = {"weights": files.digests, "source": source.digests, "classes": source.classes}
     recipe = _recipe("encode", pipeline.encoding(), **digests)
 
     def run(job: Job) -> Result:
