@@ -7,6 +7,7 @@ WORKSPACE/refs/KIND/NAME.json               mutable name -> id
 """
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -16,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from rae.store.errors import ConfigError, CorruptData, MissingInput, StaleInput
-from rae.store.manifest import KINDS, Json, Manifest, differing_fields, recipe_id
-from rae.store.publish import publish_bytes, replace_bytes
+from rae.store.manifest import ID, KINDS, Json, Manifest, differing_fields, recipe_id
+from rae.store.publish import make_folder, publish_bytes, replace_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_ID = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,21 @@ class Unfinished:
 
 
 class Workspace:
-    """A folder of artifacts. Reading writes nothing below it."""
+    """A folder of artifacts, which need not exist yet. Reading writes nothing below it.
+
+    Raises `MissingInput` if the folder is there and cannot be read, `ConfigError` for a URL.
+    """
 
     def __init__(self, root: str | Path) -> None:
         if "://" in str(root):
             raise ConfigError(f"the workspace {root} is a URL; this version keeps workspaces in local folders")
         self.root = Path(root)
+        try:
+            os.listdir(self.root)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise MissingInput(f"the workspace {root} cannot be read ({error.strerror})") from error
 
     def folder(self, kind: str, id: str) -> Path:
         return self.root / "objects" / kind / id
@@ -90,28 +99,37 @@ class Workspace:
 
     def find(self, kind: str, recipe: Mapping[str, Any]) -> Artifact | None:
         """The artifact of exactly this recipe, or None."""
-        folder = self.folder(kind, recipe_id(recipe))
+        artifact = self._read(kind, recipe_id(recipe))
+        if artifact is not None and (fields := list(differing_fields(recipe, artifact.manifest.recipe))):
+            raise CorruptData(
+                f"{artifact.folder} answers to this recipe's id with another recipe ({'; '.join(fields)})"
+            )
+        return artifact
+
+    def _read(self, kind: str, id: str) -> Artifact | None:
+        """What is published under this kind and id; `CorruptData` if it says that it is something else."""
+        folder = self.folder(kind, id)
         if not (folder / "manifest.json").is_file():
             return None
         artifact = read_artifact(folder)
-        fields = list(differing_fields(recipe, artifact.manifest.recipe))
-        if fields:
-            raise CorruptData(f"{folder} answers to this recipe's id with another recipe ({'; '.join(fields)})")
+        if (artifact.kind, artifact.id) != (kind, id):
+            raise CorruptData(f"{folder / 'manifest.json'} is the manifest of {artifact.kind}/{artifact.id}")
         return artifact
 
     def artifacts(self) -> Iterator[Artifact]:
         """Every published artifact, by kind and id."""
         for kind in KINDS:
             for manifest in sorted(self.root.glob(f"objects/{kind}/*/manifest.json")):
-                yield read_artifact(manifest.parent)
+                if (artifact := self._read(kind, manifest.parent.name)) is not None:
+                    yield artifact
 
     def unfinished(self) -> Iterator[Unfinished]:
         """Everything begun and not published."""
-        for started in sorted(self.root.glob("objects/*/*/started.json")):
-            if not (started.parent / "manifest.json").exists():
-                value = json.loads(started.read_bytes())
-                kind, id = started.parts[-3], started.parts[-2]
-                yield Unfinished(kind, id, value["name"], value["recipe"], started.parent)
+        for kind in KINDS:
+            for path in sorted(self.root.glob(f"objects/{kind}/*/started.json")):
+                if not (path.parent / "manifest.json").exists():
+                    started = _read_started(path)
+                    yield Unfinished(kind, path.parent.name, started["name"], started["recipe"], path.parent)
 
     def resolve(self, ref: str, kind: str | None = None) -> Artifact:
         """The artifact a REF means: `KIND/NAME`, `KIND/ID`, a path, or a bare name or id if it is unique."""
@@ -122,7 +140,9 @@ class Workspace:
             kinds, name = ((head,), tail) if tail and head in KINDS else ((kind,) if kind else KINDS, ref)
             found = [artifact for one in kinds if (artifact := self._named(one, name))]
         if not found:
-            raise MissingInput(f"no {kind or 'artifact'} `{ref}` in the workspace {self.root}", "rae status")
+            raise MissingInput(
+                f"no {kind or 'artifact'} `{ref}` in the workspace {self.root}", f"rae status -w {self.root}"
+            )
         if len(found) > 1:
             kinds_found = ", ".join(f"{artifact.kind}/{ref}" for artifact in found)
             raise ConfigError(f"`{ref}` is ambiguous; say which of {kinds_found} is meant")
@@ -134,41 +154,36 @@ class Workspace:
         if not _NAME.fullmatch(name):
             return None
         ref = self.root / "refs" / kind / f"{name}.json"
-        id = json.loads(ref.read_bytes())["id"] if ref.is_file() else name
-        if not _ID.fullmatch(str(id)):
-            return None
-        folder = self.folder(kind, id)
-        return read_artifact(folder) if (folder / "manifest.json").is_file() else None
+        id = _read_json(ref).get("id") if ref.is_file() else name
+        return self._read(kind, id) if isinstance(id, str) and ID.fullmatch(id) else None
 
     # ---- making ------------------------------------------------------------------------------------------------
 
     def begin(self, kind: str, name: str, recipe: Json, inputs: Mapping[str, Json], restart: bool = False) -> Work:
         """Start or continue the work of a recipe.
 
-        `StaleInput` when other work is unfinished under the same name (unless `restart`, which drops it), or when an
-        input's content has changed since this work began.
+        `StaleInput` when other work is unfinished under the same name, or when an input's content has changed since
+        this work began; `restart` drops such work.
         """
         check_name(name)
-        id = recipe_id(recipe)
+        id, folder = recipe_id(recipe), self.folder(kind, recipe_id(recipe))
         for other in self.unfinished():
             if other.kind == kind and other.name == name and other.id != id:
-                if not restart:
-                    fields = "; ".join(differing_fields(recipe, other.recipe))
-                    begun = f"unfinished {kind} `{name}` was begun with other settings ({fields})"
-                    raise StaleInput(f"{begun}; --restart drops what it has done")
-                shutil.rmtree(other.folder)
-        folder = self.folder(kind, id)
-        folder.mkdir(parents=True, exist_ok=True)
+                fields = "; ".join(differing_fields(recipe, other.recipe))
+                _drop(other.folder, f"unfinished {kind} `{name}` was begun with other settings ({fields})", restart)
+        make_folder(folder)
         started = {"name": name, "recipe": recipe, "inputs": dict(inputs)}
         if not publish_bytes(folder / "started.json", json.dumps(started, indent=1, sort_keys=True).encode()):
-            before = json.loads((folder / "started.json").read_bytes())["inputs"]
+            before = _read_started(folder / "started.json")["inputs"]
             if fields := "; ".join(differing_fields(dict(inputs), before)):
-                raise StaleInput(f"an input of the unfinished {kind} `{name}` has changed since it began ({fields})")
+                changed = f"an input of the unfinished {kind} `{name}` has changed since it began ({fields})"
+                _drop(folder, changed, restart)
+                return self.begin(kind, name, recipe, inputs)
         attempts = sorted(folder.glob("attempts/*"), key=lambda path: path.stat().st_mtime, reverse=True)
         attempt = folder
         if kind != "latents":  # latents' parts are shared by all who write them: each part is published for itself
             attempt = folder / "attempts" / secrets.token_hex(4)
-            attempt.mkdir(parents=True)
+            make_folder(attempt)
         return Work(kind, name, recipe, folder, attempt, tuple(attempts))
 
     def publish(self, work: Work, manifest: Manifest) -> Artifact:
@@ -186,14 +201,39 @@ class Workspace:
         ref = self.root / "refs" / artifact.kind / f"{name}.json"
         data = json.dumps({"id": artifact.id}).encode()
         if not ref.is_file() or ref.read_bytes() != data:
-            ref.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(ref.parent)
             replace_bytes(ref, data)
 
 
 def check_name(name: str) -> None:
     """Refuse names that could lead out of the workspace or be taken for an id."""
-    if not _NAME.fullmatch(name) or _ID.fullmatch(name):
+    if not _NAME.fullmatch(name) or ID.fullmatch(name):
         raise ConfigError(f"`{name}` can't be a name: letters, digits, '.', '_', '-', up to 100, not 16 hex digits")
+
+
+def _drop(folder: Path, why: str, allowed: bool) -> None:
+    """Remove unfinished work, which nothing published can refer to; `StaleInput` says why unless it is allowed."""
+    if not allowed:
+        raise StaleInput(f"{why}; --restart drops what it has done")
+    shutil.rmtree(folder)
+
+
+def _read_started(path: Path) -> Json:
+    """Name, recipe and inputs of work that has begun."""
+    started = _read_json(path)
+    if {key: type(value) for key, value in started.items()} != {"name": str, "recipe": dict, "inputs": dict}:
+        raise CorruptData(f"{path} does not say what was begun there", f"rm -r {path.parent}")
+    return started
+
+
+def _read_json(path: Path) -> Json:
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptData(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CorruptData(f"{path} holds no JSON object")
+    return value
 
 
 def read_artifact(folder: Path) -> Artifact:

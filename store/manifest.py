@@ -2,9 +2,9 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, Self
 
 from rae.store.errors import CorruptData
@@ -12,12 +12,16 @@ from rae.store.errors import CorruptData
 SCHEMA = 1
 KINDS = ("shards", "latents", "decoder", "dit", "samples", "reference", "scores")
 
+# An id as `recipe_id` makes it.
+ID = re.compile(r"[0-9a-f]{16}")
+_ABSENT = object()
+
 Json = dict[str, Any]
 
 
 def canonical(value: Any) -> bytes:
     """The one spelling of a JSON value that digests are taken over."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def recipe_id(recipe: Mapping[str, Any]) -> str:
@@ -29,13 +33,14 @@ def differing_fields(asked: Any, found: Any, prefix: str = "") -> Iterator[str]:
     """The dotted fields in which two recipes differ, as sentences `field: found X, asked Y`."""
     if isinstance(asked, Mapping) and isinstance(found, Mapping):
         for key in sorted(asked.keys() | found.keys()):
-            yield from differing_fields(asked.get(key), found.get(key), f"{prefix}.{key}" if prefix else str(key))
-    elif asked != found:
+            one, other = (side.get(key, _ABSENT) for side in (asked, found))
+            yield from differing_fields(one, other, f"{prefix}.{key}" if prefix else str(key))
+    elif asked is _ABSENT or found is _ABSENT or canonical(asked) != canonical(found):
         yield f"{prefix}: found {_short(found)}, asked {_short(asked)}"
 
 
 def _short(value: Any) -> str:
-    text = "nothing" if value is None else json.dumps(value)
+    text = "nothing" if value is _ABSENT else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -69,33 +74,49 @@ class Manifest:
     def from_json(cls, data: bytes, where: str) -> Self:
         """Read an untrusted manifest; `CorruptData` says what in it does not hold."""
         try:
-            value = json.loads(data)
-        except ValueError as error:
+            value = json.loads(data, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
             raise CorruptData(f"{where} is not JSON ({error})") from error
         fields: dict[str, type] = {"kind": str, "name": str, "recipe": dict, "content": str, "inputs": dict}
         fields |= {"config": dict, "files": list, "metrics": dict, "provenance": dict, "schema": int, "id": str}
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if type(schema) is int and schema > SCHEMA:
+            raise CorruptData(f"{where} has schema {schema}; this version of rae reads up to {SCHEMA}")
         if not isinstance(value, dict) or set(value) != set(fields):
             raise CorruptData(f"{where} is not a manifest: its fields must be {', '.join(sorted(fields))}")
         for key, kind in fields.items():
-            if not isinstance(value[key], kind):
+            if type(value[key]) is not kind:
                 raise CorruptData(f"{where}: `{key}` must be {kind.__name__}")
-        if value["schema"] > SCHEMA:
-            raise CorruptData(f"{where} has schema {value['schema']}; this version of rae reads up to {SCHEMA}")
         if value["kind"] not in KINDS:
             raise CorruptData(f"{where}: `kind` is {value['kind']!r}, not one of {', '.join(KINDS)}")
         claimed = value.pop("id")
         manifest = cls(**value)
         if manifest.id != claimed:
             raise CorruptData(f"{where}: its recipe gives the id {manifest.id}, not {claimed}")
+        for role, one in manifest.inputs.items():
+            _check_input(role, one, where)
         for entry in manifest.files:
             _check_file_entry(entry, where)
         return manifest
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_input(role: str, one: Any, where: str) -> None:
+    if not isinstance(one, dict) or not all(isinstance(one.get(key), str) for key in ("kind", "id", "content")):
+        raise CorruptData(f"{where}: the input `{role}` needs kind, id and content")
+    if one["kind"] not in KINDS or not ID.fullmatch(one["id"]):
+        raise CorruptData(f"{where}: the input `{role}` is no artifact: {one['kind']!r}, {one['id']!r}")
+
+
 def _check_file_entry(entry: Any, where: str) -> None:
-    good = isinstance(entry, dict) and isinstance(entry.get("path"), str) and isinstance(entry.get("bytes"), int)
+    good = isinstance(entry, dict) and isinstance(entry.get("path"), str) and type(entry.get("bytes")) is int
     if not good or not isinstance(entry.get("sha256"), str):
         raise CorruptData(f"{where}: every entry of `files` needs path, bytes and sha256")
-    path = PurePosixPath(entry["path"])
-    if path.is_absolute() or ".." in path.parts or "\\" in entry["path"]:
-        raise CorruptData(f"{where}: the file path {entry['path']!r} leads out of the artifact")
+    parts = entry["path"].split("/")
+    if {"", ".", ".."} & set(parts) or "\\" in entry["path"] or "\0" in entry["path"]:
+        raise CorruptData(f"{where}: the file path {entry['path']!r} does not lead to a file of the artifact")
+    if parts[0] == "attempts" and len(parts) < 3:
+        raise CorruptData(f"{where}: the file path {entry['path']!r} lies in no attempt")

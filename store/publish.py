@@ -14,7 +14,9 @@ from rae.store.errors import RaeError
 
 _RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
+# What file systems without hard links answer, and what a C library or file system without renameat2's flag does.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_NO_NOREPLACE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def temporary_name(path: Path) -> Path:
@@ -29,6 +31,14 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, durably."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -68,16 +78,14 @@ def _link(temporary: Path, path: Path) -> bool:
 def _rename_without_replacing(temporary: Path, path: Path) -> bool:
     """For file systems without hard links (exFAT, some FUSE mounts)."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        raise RaeError(
-            f"{path.parent} offers neither hard links nor renameat2, so nothing can be published safely there"
-        )
     names = (_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path))
-    if renameat2(*names, _RENAME_NOREPLACE) == 0:
+    if renameat2 is not None and renameat2(*names, _RENAME_NOREPLACE) == 0:
         return True
-    code = ctypes.get_errno()
+    code = ctypes.get_errno() if renameat2 is not None else errno.ENOSYS
     if code == errno.EEXIST:
         return False
+    if code in _NO_NOREPLACE:
+        raise RaeError(f"{path.parent} offers neither hard links nor renameat2: nothing can be published safely there")
     raise OSError(code, os.strerror(code), str(path))
 
 
