@@ -129,7 +129,8 @@ def run(config: str, workspace: str | None = None, overrides: Sequence[str] = ()
     from rae.pipeline.plan import Pipeline
 
     where = _workspace(workspace)
-    pipeline = Pipeline(configuration.load(config, list(overrides)), where, [config])
+    pipeline = Pipeline(configuration.load(config, overrides), where, configuration.words(config, overrides))
     runner.preflight(pipeline)
-    outcomes = runner.run_stages(pipeline, pipeline.stages, runner.Options(**options))
+    chosen = runner.Options(command=pipeline.command("run"), **options)
+    outcomes = runner.run_stages(pipeline, pipeline.stages, chosen)
     return [outcome.artifact for outcome in outcomes]

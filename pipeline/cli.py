@@ -4,13 +4,14 @@ Nothing heavy is imported here: `rae --help` costs what a bare typer program cos
 """
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from rae.pipeline.plan import Pipeline
     from rae.pipeline.runner import Options, Outcome
+    from rae.store.errors import RaeError
 
 app = typer.Typer(
     name="rae",
@@ -220,9 +221,8 @@ def _prepare(
     from rae.store.artifacts import Workspace
 
     settings = configuration.load(config, overrides)
-    chosen = [config, *(word for override in overrides or [] for word in ("-s", override))]
     options = _options(as_json, quiet, restart, device)
-    return Pipeline(settings, Workspace(workspace), chosen), options
+    return Pipeline(settings, Workspace(workspace), configuration.words(config, overrides)), options
 
 
 def _show_outcome(outcome: "Outcome", options: "Options") -> None:
@@ -240,15 +240,30 @@ def _show_plan(pipeline: "Pipeline", names: list[str], options: "Options") -> No
 
 def main() -> None:
     """The `rae` command: a person's mistake ends in one sentence and the exit code that stands for it."""
+    from rae.pipeline import stopping
     from rae.store.errors import RaeError
 
     try:
-        app(standalone_mode=True)
+        with stopping.raised():
+            app(standalone_mode=True)
     except RaeError as error:
-        print(f"rae: {error.message}", file=sys.stderr)
-        if error.next_command:
-            print(f"  next: {error.next_command}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(error)
+    except stopping.Stopped as stopped:
+        _fail(stopping.as_error(stopped.number, stopping.again()))
+    except OSError as error:
+        from rae.pipeline.runner import explained
+
+        explanation = explained(error, stopping.again())
+        if explanation is None:
+            raise
+        _fail(explanation)
+
+
+def _fail(error: "RaeError") -> NoReturn:
+    print(f"rae: {error.message}", file=sys.stderr)
+    if error.next_command:
+        print(f"  next: {error.next_command}", file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":  # torchrun -m rae.pipeline.cli

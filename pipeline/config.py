@@ -1,6 +1,8 @@
 """Configuration: a preset or a YAML file, plus dotted overrides, validated whole before anything is loaded."""
 
 import difflib
+import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +23,8 @@ from rae.store.artifacts import check_name
 from rae.store.errors import ConfigError, MissingInput
 
 S = TypeVar("S", bound=Section)
+
+_EXPONENTIAL = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class PipelineConfig(Section):
@@ -53,13 +57,15 @@ def read_text(config: str) -> str:
             raise MissingInput(f"there is no configuration file {config}", "rae config ls") from None
         except OSError as error:
             raise MissingInput(f"the configuration file {config} cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{config} is not text in UTF-8, so it is no configuration") from None
     if config not in presets():
         guess = closest(config, presets())
         raise ConfigError(f"there is no preset or file `{config}`{guess}", "rae config ls")
     return resources.files("rae.configs").joinpath(f"{config}.yaml").read_text(encoding="utf-8")
 
 
-def load(config: str, overrides: list[str] | None = None) -> PipelineConfig:
+def load(config: str, overrides: Sequence[str] | None = None) -> PipelineConfig:
     """Read, override and validate a configuration; `ConfigError` names every key that is wrong."""
     try:
         value = yaml.safe_load(read_text(config))
@@ -67,11 +73,16 @@ def load(config: str, overrides: list[str] | None = None) -> PipelineConfig:
         raise ConfigError(f"{config} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{config} must hold a mapping with a `name` and a section per stage")
-    for override in overrides or []:
+    for override in overrides or ():
         _apply(value, override)
     settings = validated(PipelineConfig, value, config)
     check_name(settings.name)
     return settings
+
+
+def words(config: str, overrides: Sequence[str] | None = None) -> list[str]:
+    """How a command names this configuration."""
+    return [config, *(word for override in overrides or () for word in ("-s", override))]
 
 
 def validated(model: type[S], value: dict[str, Any], where: str) -> S:
@@ -103,12 +114,7 @@ def _apply(value: dict[str, Any], override: str) -> None:
 
 def _number_or(value: Any) -> Any:
     """YAML 1.1 reads `1e-3` as text; people mean the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return float(value) if isinstance(value, str) and _EXPONENTIAL.fullmatch(value) else value
 
 
 def _explain(error: ValidationError, model: type[Section], where: str) -> str:

@@ -20,7 +20,14 @@ from typing import Any, TypeVar
 from rae.pipeline.config import PipelineConfig
 from rae.stages import shards
 from rae.stages.job import Job, Result
-from rae.stages.models.weights import EncoderFiles, digest_file, locate_encoder, locate_lpips
+from rae.stages.models.weights import (
+    PACKAGED_ARCHITECTURE,
+    PACKAGED_ENCODER,
+    EncoderFiles,
+    digest_file,
+    locate_encoder,
+    locate_lpips,
+)
 from rae.stages.sections import (
     EncodeSection,
     EvaluateSection,
@@ -287,10 +294,10 @@ def _evaluate(pipeline: Pipeline) -> Task:
     inputs = {"decoder": pipeline.decoder()}
     if pipeline.config.sample is not None:
         inputs["samples"] = pipeline.need("sample")
-    extractor = locate_encoder(section.extractor, section.extractor_weights)
     config = {"evaluate": section.recipe(), "encoder": pipeline.encoder()}
-    digests = {"weights": {**files.digests, **extractor.digests}, "held_out": held_out.digests}
-    recipe = _recipe("evaluate", config, inputs, source=source.digests, **digests)
+    extractor = {f"extractor/{name}": digest for name, digest in _extractor_files(section).digests.items()}
+    weights = {**files.digests, **extractor}
+    recipe = _recipe("evaluate", config, inputs, weights=weights, source=source.digests, held_out=held_out.digests)
 
     def run(job: Job) -> Result:
         from rae.stages import evaluate
@@ -298,6 +305,13 @@ def _evaluate(pipeline: Pipeline) -> Task:
         return evaluate.run(section, source, held_out, files, inputs["decoder"], inputs.get("samples"), job)
 
     return Task(STAGES["evaluate"], recipe, inputs, run)
+
+
+def _extractor_files(section: EvaluateSection) -> EncoderFiles:
+    """The extractor's weights: those of a given file, or those that its package carries."""
+    if section.extractor == PACKAGED_ENCODER and section.extractor_weights is not None:
+        return locate_encoder(f"timm:{PACKAGED_ARCHITECTURE}", section.extractor_weights)
+    return locate_encoder(section.extractor)
 
 
 _TASKS: dict[str, Callable[[Pipeline], Task]] = {

@@ -3,30 +3,27 @@
 import datetime
 import errno
 import hashlib
+import os
 import platform
-import shlex
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 
-from rae.pipeline import launch
+from rae.pipeline import launch, stopping
 from rae.pipeline.console import Console
 from rae.pipeline.plan import STAGES, Pipeline, Stage, Task, shards_task
+from rae.pipeline.stopping import again
 from rae.stages.job import Job, Result
 from rae.stages.models.geometry import encoder_geometry
 from rae.stages.sections import ShardsSection
 from rae.store.artifacts import Artifact, Work, read_artifact
-from rae.store.errors import ConfigError, CorruptData, Interrupted, MissingInput, PartialResult, StaleInput
+from rae.store.errors import ConfigError, CorruptData, MissingInput, PartialResult, RaeError, StaleInput
 from rae.store.manifest import Json, Manifest, canonical, differing_fields
-from rae.store.publish import publish_bytes
+from rae.store.publish import fsync_folder, publish_bytes
+
+_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,7 @@ class Options:
     restart: bool = False
     device: str = "auto"
     console: Console = field(default_factory=Console)
+    command: str = field(default_factory=again)  # what continues this run
 
 
 @dataclass(frozen=True)
@@ -91,12 +89,21 @@ def preflight(pipeline: Pipeline) -> None:
     config = pipeline.config
     if config.encode is None or config.train_dit is None or config.train_dit.latents is not None:
         return
+    if _is_done(pipeline, "train_dit"):
+        return  # the geometry of a timm encoder takes torch to know: seconds that a finished pipeline can do without
     token_dim, _ = encoder_geometry(
         pipeline.encoder_files,
         config.encode.encoder_input_size or config.encode.image_size,
         config.encode.feature_index,
     )
     config.train_dit.check_width(token_dim)
+
+
+def _is_done(pipeline: Pipeline, name: str) -> bool:
+    try:
+        return pipeline.find(name) is not None
+    except MissingInput:
+        return False
 
 
 def convert(section: ShardsSection, out: str, options: Options) -> Outcome:
@@ -113,7 +120,7 @@ def convert(section: ShardsSection, out: str, options: Options) -> Outcome:
         raise ConfigError(f"{folder} is not empty, and rae did not begin it; choose another OUT folder")
     publish_bytes(folder / "started.json", canonical({"recipe": task.recipe}))
     work = Work("shards", "shards", task.recipe, folder, folder, ())
-    publish_bytes(folder / "manifest.json", _run(task, work, "cpu", options.console).to_json())
+    publish_bytes(folder / "manifest.json", _run(task, work, "cpu", options).to_json())
     made = read_artifact(folder)
     options.console.done("shards", made)
     return Outcome(made, reused=False)
@@ -136,27 +143,27 @@ def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
             begin = partial(workspace.begin, stage.kind, pipeline.config.name, task.recipe, inputs, options.restart)
             work = ranks.broadcast(begin() if ranks.is_main else None)
             assert work is not None
-            manifest = _run(task, work, device, console)
+            manifest = _run(task, work, device, options)
             if ranks.is_main:
                 workspace.publish(work, manifest)
             ranks.barrier()
         artifact = read_artifact(work.folder)
     except OSError as error:
-        raise _explained(error, stage) from error
-    except KeyboardInterrupt:  # the second Ctrl-C, or one before the stage could listen
-        raise Interrupted("interrupted; what is done is kept", _again()) from None
+        raise explained(error, options.command) or error from error
+    except PartialResult as error:
+        raise type(error)(error.message, options.command) from error
     console.done(stage.verb, artifact)
     return Outcome(artifact, reused=False)
 
 
-def _run(task: Task, work: Work, device: str, console: Console) -> Manifest:
+def _run(task: Task, work: Work, device: str, options: Options) -> Manifest:
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
-    with console.progress(task.stage.verb) as progress, _signals() as stop:
+    with options.console.progress(task.stage.verb) as progress, stopping.requested(options.command) as stop:
         job = Job(
             folder=work.attempt,
             earlier=work.earlier,
             progress=progress,
-            stopping=lambda: stop.signal is not None,
+            stopping=lambda: bool(stop),
             check_stop=stop.check,
             device=device,
         )
@@ -173,7 +180,7 @@ def _run(task: Task, work: Work, device: str, console: Console) -> Manifest:
         metrics={"seconds": seconds, **result.metrics},
         provenance={
             "created": started.isoformat(timespec="seconds"),
-            "command": _again(),
+            "command": options.command,
             "rae": metadata.version("rae-pipeline"),
             "python": platform.python_version(),
             "platform": platform.platform(),
@@ -183,68 +190,33 @@ def _run(task: Task, work: Work, device: str, console: Console) -> Manifest:
 
 
 def _files(work: Work, result: Result) -> list[Json]:
-    """Digest the payload as it lies on the disk; a file that a stage claims and did not write is an error."""
-    entries = []
+    """Digest the payload as it lies on the disk, and see to it that it does, before a manifest vouches for it.
+
+    A file that a stage claims and did not write is an error.
+    """
+    entries, folders = [], set()
     for path in sorted(result.files):
         if not path.is_file():
             raise CorruptData(f"the stage said it wrote {path}, and it is not there")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        relative = path.relative_to(work.folder).as_posix()
-        entries.append({"path": relative, "bytes": path.stat().st_size, "sha256": digest})
+            os.fsync(file.fileno())
+        relative = path.relative_to(work.folder)
+        folders |= {work.folder / parent for parent in relative.parents}
+        entries.append({"path": relative.as_posix(), "bytes": path.stat().st_size, "sha256": digest})
+    for folder in sorted(folders):
+        fsync_folder(folder)
     return entries
 
 
-class _Stop:
-    """Which signal asked us to stop, if any."""
-
-    signal: int | None = None
-
-    def check(self) -> None:
-        if self.signal == signal.SIGINT:
-            raise Interrupted("interrupted; what is done is kept", _again())
-        if self.signal is not None:
-            raise PartialResult("stopped by SIGTERM; what is done is kept", _again())
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Turn the first Ctrl-C or SIGTERM into a request that stages honour where nothing is lost; the second kills."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():  # rae.run() from a notebook's worker, say
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
-        for which, handler in before.items():
-            signal.signal(which, handler)
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _again() -> str:
-    """The command that runs now: the one that continues it."""
-    return shlex.join(["rae", *sys.argv[1:]])
-
-
-def _explained(error: OSError, stage: Stage) -> Exception:
-    """An operating system's error in a person's words."""
+def explained(error: OSError, command: str) -> RaeError | None:
+    """An operating system's error in a person's words, if a person can do something about it."""
     where = error.filename or "a file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return PartialResult(
-            f"the disk is full: {stage.verb} could not write {where}; free space and continue", _again()
-        )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return MissingInput(f"{stage.verb} may not read or write {where} ({error.strerror})")
-    return error
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return PartialResult(f"no room for {where} ({error.strerror}); what is done is kept: free some", command)
+    if error.errno in _REFUSALS:
+        return MissingInput(f"{where} can't be read or written ({error.strerror})")
+    return None
 
 
 def payload_bytes(artifact: Artifact) -> int:

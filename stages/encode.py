@@ -58,8 +58,9 @@ def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -
         rows_per_part=section.rows_per_part or LatentLayout.default_rows_per_part(views),
     )
     parts = plan_parts([shard.samples for shard in source.shards], layout.rows_per_part)
-    done = completed_parts(job.folder, layout, parts)
     ranks = Ranks.from_environment()
+    # Agreed on, since parts appear meanwhile: ranks that counted for themselves would leave some to nobody.
+    done = ranks.broadcast(completed_parts(job.folder, layout, parts))
     missing = [part for part in parts if part.number not in done][ranks.rank :: ranks.world_size]
     before, total, began = sum(part.count for part in parts if part.number in done), len(source), time.monotonic()
 

@@ -92,6 +92,7 @@ def load_images(source: Source, size: int, job: Job, unit: str) -> tuple[np.ndar
                 continue  # encode has recorded it with its reason
             labels.append(int(source.labels[row]))
         job.progress(row + 1, len(source), unit)
+        job.check_stop()
     if not images:
         raise CorruptData(f"none of the {len(source)} {unit} can be decoded")
     return np.stack(images), np.array(labels, np.int64)
@@ -114,6 +115,7 @@ def _score_reconstruction(
     for batch in _reconstructed(Autoencoder(encoder, decoder), originals, section.batch_size):
         made.append(batch)
         job.progress(sum(map(len, made)), len(originals), "reconstructions")
+        job.check_stop()
     reconstructions = np.concatenate(made)
     chosen = np.linspace(0, len(originals) - 1, min(_SHOWN, len(originals))).astype(int)
     np.savez(job.folder / "reconstructions.npz", originals=originals[chosen], reconstructions=reconstructions[chosen])

@@ -18,7 +18,7 @@ class Runtime:
 class Section(BaseModel):
     """A stage's settings. Unknown keys are refused; values are typed (`1` for a float is `1.0`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def recipe(self) -> dict[str, Any]:
         """The settings that determine the result, JSON-ready and typed."""
