@@ -128,9 +128,9 @@ def _decode_row(source: Source, row: int, size: int) -> Decoded:
     digest = hashlib.sha256(data).hexdigest()
     try:
         image = decode(data)
+        return Decoded(row, center_crop(image, size), None, digest, image.width, image.height)
     except BadImage as bad:
         return Decoded(row, None, bad.reason, digest, None, None)
-    return Decoded(row, center_crop(image, size), None, digest, image.width, image.height)
 
 
 @torch.inference_mode()

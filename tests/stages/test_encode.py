@@ -76,6 +76,14 @@ def test_a_bad_image_is_recorded_and_changes_no_other_row(tmp_path: Path) -> Non
     assert "truncated" in invalid["reason"]
 
 
+def test_an_image_too_thin_to_be_cropped_is_recorded_like_any_bad_one(tmp_path: Path) -> None:
+    buffer = BytesIO()
+    Image.new("L", (50_000, 1)).save(buffer, "PNG")
+    store = run(tmp_path / "latents", write_shards(tmp_path / "shards", [png(0), buffer.getvalue()]))
+    assert store.keys == ["image0"]
+    assert [row["reason"] for row in store.invalid_rows()] == ["too elongated: 50000 x 1 pixels"]
+
+
 def test_images_none_of_which_decode_are_refused_with_the_reason(tmp_path: Path) -> None:
     source = write_shards(tmp_path / "shards", [b"not an image", b"neither"])
     with pytest.raises(CorruptData, match="none of the 2 images"):
