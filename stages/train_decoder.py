@@ -59,11 +59,11 @@ class Crops:
                 continue
             try:
                 image = decode(self._source.read(usable))
+                if self._section.resize_size is None:
+                    return center_crop(image, self._size)
+                return resized_crop(image, self._section.resize_size, self._size, position)
             except BadImage:
                 continue
-            if self._section.resize_size is None:
-                return center_crop(image, self._size)
-            return resized_crop(image, self._section.resize_size, self._size, position)
         raise CorruptData("none of the training images can be decoded")
 
 
@@ -112,6 +112,11 @@ def run(section: TrainDecoderSection, encode: EncodeSection, source: Source, fil
 def describe_decoder(section: TrainDecoderSection, encode: EncodeSection, encoder: Encoder) -> DecoderConfig:
     """The sizes of the decoder: one patch per token, so the image must be a whole number of patches."""
     grid, width = encoder.grid
+    if section.resize_size is not None and section.resize_size < encode.image_size:
+        raise ConfigError(
+            f"`train_decoder.resize_size` {section.resize_size} is less than `encode.image_size` {encode.image_size}:"
+            " crops of that side do not fit the resized images"
+        )
     if grid != width or encode.image_size % grid:
         raise ConfigError(
             f"`encode.image_size` {encode.image_size} is not a multiple of the encoder's {grid}x{width} grid of tokens"

@@ -66,3 +66,6 @@ def test_the_decoder_makes_one_patch_of_each_token() -> None:
     assert (config.grid, config.patch_size, config.image_size, config.token_dim) == (4, 16, 64, 32)
     with pytest.raises(ConfigError, match="66 is not a multiple of the encoder's 4x4"):
         describe_decoder(SECTION, EncodeSection(image_size=66, encoder_input_size=56), encoder)
+    small = SECTION.model_copy(update={"resize_size": 63})
+    with pytest.raises(ConfigError, match=r"`train_decoder.resize_size` 63 is less than `encode.image_size` 64"):
+        describe_decoder(small, EncodeSection(image_size=64, encoder_input_size=56), encoder)
