@@ -5,7 +5,7 @@ too, is run at full size, so that kernels round alike.
 """
 
 import hashlib
-import os
+import io
 import time
 from pathlib import Path
 from zipfile import BadZipFile
@@ -22,6 +22,7 @@ from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
 from rae.store.artifacts import Artifact
 from rae.store.errors import ConfigError
+from rae.store.publish import replace_bytes
 
 
 def run(section: SampleSection, dit: Artifact, decoder: Artifact, job: Job) -> Result:
@@ -30,6 +31,8 @@ def run(section: SampleSection, dit: Artifact, decoder: Artifact, job: Job) -> R
     decode = Decoder.load(decoder.payload, device=job.device)
     check_compatible(model.about.encoder, decode.encoder)
     labels = choose_labels(section, model.num_classes)
+    # An unconditional transformer has one row for everything, and its images show no class in particular.
+    recorded = labels if model.num_classes else np.full_like(labels, -1)
     ranks = Ranks.from_environment()
     starts = range(0, len(labels), section.batch_size)
     paths = [job.folder / f"images/batch-{number:06d}.npz" for number in range(len(starts))]
@@ -37,8 +40,8 @@ def run(section: SampleSection, dit: Artifact, decoder: Artifact, job: Job) -> R
     began = time.monotonic()
     for path, first in list(zip(paths, starts, strict=True))[ranks.rank :: ranks.world_size]:
         indices = np.arange(first, min(first + section.batch_size, len(labels)))
-        if not _take_over(path, labels[indices], job):
-            _save(path, draw(model, decode, labels[indices], indices, section), labels[indices])
+        if not _take_over(path, recorded[indices], job):
+            _save(path, draw(model, decode, labels[indices], indices, section), recorded[indices])
         job.progress(int(indices[-1]) + 1, len(labels), "images")
         job.check_stop()
     ranks.barrier()
@@ -119,9 +122,6 @@ def _digest(paths: list[Path]) -> str:
 
 def _save(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
     """Whole or not at all: a batch cut short by a crash must not pass for one."""
-    temporary = path.with_suffix(".partial")
-    with open(temporary, "wb") as file:
-        np.savez(file, images=images, labels=labels)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    buffer = io.BytesIO()
+    np.savez(buffer, images=images, labels=labels)
+    replace_bytes(path, buffer.getvalue())

@@ -42,7 +42,7 @@ def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
         config=config,
         transport=describe_transport(section, store.shape),
         encoder=read_encoder(latents.payload),
-        classes=tuple(latents.manifest.metrics.get("classes", ())) or None,
+        classes=tuple(latents.manifest.metrics.get("classes", ()))[:num_classes] or None,
     )
     ranks = Ranks.from_environment()
     device = ranks.device(job.device)

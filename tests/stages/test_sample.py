@@ -1,17 +1,23 @@
 """`rae sample`: an image depends on (seed, index, class) alone."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rae.stages.evaluate import load_samples
+from rae.stages.job import Job
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder
 from rae.stages.models.dit import DiTConfig, build_dit
-from rae.stages.models.trained import Decoder, Dit, DitDescription, check_compatible
-from rae.stages.sample import choose_labels, draw_all
+from rae.stages.models.trained import Decoder, Dit, DitDescription, check_compatible, save_decoder, save_dit
+from rae.stages.sample import choose_labels, draw_all, run
 from rae.stages.sections import SampleSection
+from rae.store.artifacts import Artifact
 from rae.store.errors import ConfigError, StaleInput
+from rae.store.manifest import Manifest
 
 ENCODER = {"digest": "d", "feature_index": 3, "input_size": 64, "token_dim": 8, "grid": [2, 2]}
 SECTION = SampleSection(num_images=6, num_steps=5, batch_size=6)
@@ -57,6 +63,25 @@ def test_guidance_moves_the_images_only_when_it_is_asked_for(models: tuple[Dit, 
     assert not np.array_equal(plain, guided)
     nowhere = {"guidance_scale": 3.0, "guidance_interval": (0.0, 1e-6)}
     np.testing.assert_array_equal(draw_all(*models, labels, SECTION.model_copy(update=nowhere)), plain)
+
+
+def test_images_of_an_unconditional_transformer_are_recorded_without_a_label(
+    models: tuple[Dit, Decoder], tmp_path: Path
+) -> None:
+    """Else scoring would hold them against the real images of class 0."""
+    dit, decoder = models
+    config = dataclasses.replace(dit.config, num_classes=0)
+    weights = build_dit(config).state_dict()
+    about, stats = DitDescription(config, {"time_dist_shift": 1.0}, ENCODER), (dit.mean, dit.var)
+    for folder in ("dit", "decoder", "samples"):
+        (tmp_path / folder).mkdir()
+    save_dit(tmp_path / "dit", about, stats, weights, weights)
+    save_decoder(tmp_path / "decoder", decoder.config, ENCODER, *[decoder.model.state_dict()] * 2)
+    inputs = [Artifact(tmp_path / kind, Manifest(kind, kind, {}, "", {}, {}, [], {})) for kind in ("dit", "decoder")]
+    run(SECTION, *inputs, Job(tmp_path / "samples"))
+    images, labels = load_samples(Artifact(tmp_path / "samples", inputs[0].manifest))
+    assert images.shape == (6, 8, 8, 3)
+    assert labels.tolist() == [-1] * 6
 
 
 def test_labels_are_balanced_or_the_listed_ones_in_turn() -> None:
