@@ -51,7 +51,8 @@ def score_generation(
       right on held-out images.
     - `precision`, `recall`, `frechet_distance`: in the features of `extractor`.
 
-    Where classes mean nothing the first two are left out: with `classifier: none`, or if any image has no label (-1).
+    Where classes mean nothing the first two are left out: with `classifier: none`, if any image has no label (-1), or
+    if the training images are all of one class.
     `transfer_accuracy` is also left out of a row of fewer than two classes.
 
     Raises ConfigError if a label asked for has no training image, or if there are too few images for a metric.
@@ -92,7 +93,7 @@ def _class_scores(
     config: EvaluateSection,
 ) -> Iterator[tuple[str, str, float]]:
     """(row, metric, value) of the two metrics that need classes."""
-    if config.classifier == "none":
+    if config.classifier == "none" or len(np.unique(train.labels)) < 2:
         return
     judge = new_classifier(config.classifier, features_of).fit(train.images, train.labels)
     for row, drawn in rows.items():

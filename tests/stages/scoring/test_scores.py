@@ -91,6 +91,12 @@ def test_without_labels_class_metrics_are_absent(sets: Sets) -> None:
     assert all("class_agreement" not in row for row in without.values())
 
 
+def test_one_class_of_training_images_leaves_the_metrics_that_need_no_class(sets: Sets) -> None:
+    one = sets | {key: np.zeros_like(sets[key]) for key in ("labels", "train_labels", "val_labels")}
+    for row in score_generation(**one, extractor=pixels, config=PIXELS).values():
+        assert list(row) == ["precision", "recall", "frechet_distance"]
+
+
 def test_one_requested_class_teaches_nothing_to_transfer(sets: Sets) -> None:
     threes = sets["labels"] == 3
     only = sets | {"generated": sets["generated"][threes], "labels": sets["labels"][threes]}
