@@ -6,6 +6,7 @@ files are copied as they are, undecoded: a broken one is kept, and the encoder r
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rae.stages.images import sniff
-from rae.stages.job import Job, Result
+from rae.stages.job import NOTHING, Job, Result
 from rae.stages.parquet import Rows
 from rae.stages.sections import ShardsSection
 from rae.stages.sources import Images, Split, digest, open_images
@@ -48,6 +49,8 @@ def run(config: ShardsSection, job: Job) -> Result:
     set that is in place already is left there. Samples are written in seeded order, those of parquet in their own.
     Metrics: `rows` and `val_rows` written, `classes` counted, `bytes` of the tars, `skipped` samples without an image.
     """
+    if os.environ.get("RANK", "0") != "0":
+        return NOTHING  # one writer; not `Ranks`, for which torch would be loaded
     sets, classes = _open_sets(config)
     for leftover in _payload(job.folder):  # of a run that was stopped in this same folder
         leftover.unlink()

@@ -408,3 +408,12 @@ def test_the_source_of_a_stage_can_be_pickled(tmp_path: Path) -> None:
     convert(tmp_path / "out", train="digits", limit=10)
     source = written(tmp_path / "out")
     assert pickle.loads(pickle.dumps(source)).read(3) == source.read(3)  # noqa: S301 (our own object)
+
+
+def test_of_several_processes_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = class_folders(tmp_path / "images", a=3, b=3)
+    convert(tmp_path / "shards", train=str(source))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    monkeypatch.setenv("RANK", "1")
+    assert convert(tmp_path / "shards", train=str(source)).files == ()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == before
