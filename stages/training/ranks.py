@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Self, TypeVar
 
 import torch
@@ -15,6 +16,9 @@ from rae.store.order import IntArray
 
 T = TypeVar("T")
 
+# Ranks wait for the slowest one's last part, or for rank 0 to hash a terabyte; torch would give up after half an hour.
+# torchrun ends the others when one process dies, so nobody waits for the dead.
+_PATIENCE = timedelta(days=7)
 _VARIABLES = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -56,7 +60,7 @@ class Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, rank=self.rank, world_size=self.world_size)
+        distributed.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=_PATIENCE)
         try:
             yield
         finally:
