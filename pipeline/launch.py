@@ -35,6 +35,7 @@ def device(asked: str) -> str:
     """The device that `--device` means; `auto` takes CUDA where there is one, else the CPU."""
     import torch
 
+    torch.backends.cudnn.allow_tf32 = False  # its default; `precision: float32` would not mean float32
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if asked.startswith("cuda") and not torch.cuda.is_available():
