@@ -44,7 +44,8 @@ class LatentsSummary:
 def completed_parts(folder: Path, layout: LatentLayout, parts: Sequence[Part]) -> set[int]:
     """Numbers of the parts that are recorded; the existence of their latents alone says nothing.
 
-    Reads names, not records. Raises `CorruptData` for the record of a part that is not planned or has no file.
+    Reads names, not records. Raises `CorruptData` for the record of a part that is not planned, `MissingInput` for one
+    whose file is gone.
     """
     names = [path.name for path in (folder / FOLDER).iterdir()] if (folder / FOLDER).is_dir() else []
     done = {int(match[1]) for name in names if (match := _RECORD_NAME.fullmatch(name))}

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from rae.store.errors import CorruptData, PartialResult
 from rae.store.layout import LatentLayout, Part
 from rae.store.part_record import COLUMNS, FOLDER, IndexRow, PartRecord, moments_path, record_path
-from rae.store.publish import fsync_folder, publish_bytes, publish_file, temporary_name
+from rae.store.publish import make_folder, publish_bytes, publish_file, temporary_name
 from rae.store.stats import Moments, RunningStats
 from rae.store.zarr_shard import Shard, ShardWriter, crc32c, file_sha256
 
@@ -178,14 +178,6 @@ class PartWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.abort()
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, durably."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        fsync_folder(folder.parent)
 
 
 def _all_finite(values: npt.NDArray[Any]) -> bool:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rae.stages.models import layers
 from rae.store.errors import ConfigError
 
 STATISTICS_EPS = 1e-5
@@ -126,17 +127,8 @@ def noise_tokens(tokens: Tensor, tau: float, uniform: Tensor, normal: Tensor) ->
 
 
 def sincos_positions(dim: int, grid: int) -> Tensor:
-    """The fixed position table of ViT-MAE [1, 1 + grid * grid, dim]: zeros for the class token, then row-major.
-
-    Each half of a row is sines and cosines of one coordinate, the column's first.
-    """
-    frequencies = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, dim / 2]
-    columns = axis[None, :, :].expand(grid, grid, -1)
-    rows = axis[:, None, :].expand(grid, grid, -1)
-    patches = torch.cat([columns, rows], dim=2).reshape(grid * grid, dim)
-    return torch.cat([torch.zeros(1, dim, dtype=torch.float64), patches]).float()[None]
+    """The fixed position table of ViT-MAE [1, 1 + grid * grid, dim]: zeros for the class token, then the grid's."""
+    return torch.cat([torch.zeros(1, 1, dim), layers.sincos_positions(dim, grid)], dim=1)
 
 
 class DecoderAttention(nn.Module):
