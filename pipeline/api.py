@@ -79,11 +79,16 @@ def load_dit(ref: str, workspace: str | None = None, weights: "Weights" = "ema",
 
 
 def load_autoencoder(
-    ref: str, workspace: str | None = None, encoder: str | None = None, device: str = "cpu"
+    ref: str,
+    workspace: str | None = None,
+    encoder: str | None = None,
+    encoder_weights: str | None = None,
+    device: str = "cpu",
 ) -> "Autoencoder":
     """A trained decoder with its frozen encoder: `encode`, `decode`, `noising`.
 
-    `encoder` says where the encoder's weights lie if they are not found by the name they had in training.
+    `encoder` says where the encoder lies if it is not found by the name it had in training; a `timm:NAME` encoder needs
+    the file `encoder_weights`, as in the configuration's `encode.weights`.
     """
     from rae.stages.models.encoders import describe, load_encoder
     from rae.stages.models.trained import Autoencoder, check_compatible
@@ -91,7 +96,7 @@ def load_autoencoder(
 
     decoder = load_decoder(ref, workspace, device=device)
     known = decoder.encoder
-    files = locate_encoder(encoder or known["name"])
+    files = locate_encoder(encoder or known["name"], encoder_weights)
     frozen = load_encoder(files, known["input_size"], known["feature_index"], device)
     check_compatible(describe(frozen), known)
     return Autoencoder(frozen, decoder)
@@ -107,9 +112,15 @@ def sample(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Images uint8 [N, S, S, 3], one per label. Image i depends on (seed, i, label) alone."""
+    """Images uint8 [N, S, S, 3], one per label. Image i depends on (seed, i, label) alone.
+
+    Raises `StaleInput` if the decoder reads other tokens than the transformer makes.
+    """
+    from rae.stages.models.trained import check_compatible
     from rae.stages.sample import draw_all
     from rae.stages.sections import SampleSection
+
+    check_compatible(dit.about.encoder, decoder.encoder)
 
     section = SampleSection(
         num_images=len(labels),
