@@ -119,29 +119,34 @@ def _number_or(value: Any) -> Any:
 
 def _explain(error: ValidationError, model: type[Section], where: str) -> str:
     """Every fault of a configuration in one sentence, with the closest match for an unknown key."""
-    faults = []
+    faults: dict[str, list[str]] = {}
     for fault in error.errors():
-        keys = [str(key) for key in fault["loc"]]
+        unknown = fault["type"] == "extra_forbidden"
+        keys, fields = _path(model, fault["loc"], unknown)
         dotted = ".".join(keys)
-        if fault["type"] == "extra_forbidden":
-            faults.append(f"unknown key `{dotted}`{closest(keys[-1], _fields_at(model, keys[:-1]))}")
+        if unknown:
+            what, why = f"unknown key `{dotted}`", closest(keys[-1], fields)
         elif fault["type"] == "missing":
-            faults.append(f"`{dotted}` is missing")
+            what, why = f"`{dotted}` is missing", ""
         elif fault["type"] == "value_error":
-            faults.append(f"in `{dotted}`, {fault['ctx']['error']}")
+            what, why = f"in `{dotted}`, {fault['ctx']['error']}", ""
         else:
-            message = fault["msg"][0].lower() + fault["msg"][1:]
-            faults.append(f"`{dotted}` is {fault['input']!r}: {message}")
-    return f"{where}: " + "; ".join(dict.fromkeys(faults))
+            what, why = f"`{dotted}` is {fault['input']!r}: ", fault["msg"][0].lower() + fault["msg"][1:]
+        faults.setdefault(what, []).append(why)  # a value that is none of several kinds has a fault for each
+    return f"{where}: " + "; ".join(what + ", or ".join(dict.fromkeys(whys)) for what, whys in faults.items())
 
 
-def _fields_at(model: type[Section], keys: list[str]) -> list[str]:
-    """The known keys of the section that the dotted path leads to."""
-    for key in keys:
-        annotation = model.model_fields[key].annotation if key in model.model_fields else None
-        options = getattr(annotation, "__args__", (annotation,))
-        model = next((one for one in options if isinstance(one, type) and issubclass(one, Section)), model)
-    return list(model.model_fields)
+def _path(model: type[Section], loc: tuple[int | str, ...], unknown: bool) -> tuple[list[str], list[str]]:
+    """The keys that lead to a fault, without pydantic's names of the kinds it tried, and the keys known there."""
+    keys: list[str] = []
+    for place, part in enumerate(loc):
+        field = model.model_fields.get(str(part))
+        if field is not None:
+            options = getattr(field.annotation, "__args__", (field.annotation,))
+            model = next((one for one in options if isinstance(one, type) and issubclass(one, Section)), model)
+        if field is not None or isinstance(part, int) or (unknown and place == len(loc) - 1):
+            keys.append(str(part))
+    return keys, list(model.model_fields)
 
 
 def closest(word: str, known: list[str]) -> str:

@@ -143,7 +143,12 @@ def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
             begin = partial(workspace.begin, stage.kind, pipeline.config.name, task.recipe, inputs, options.restart)
             work = ranks.broadcast(begin() if ranks.is_main else None)
             assert work is not None
-            manifest = _run(task, work, device, options)
+            try:
+                manifest = _run(task, work, device, options)
+            except BaseException:
+                if ranks.is_main:
+                    workspace.abandon(work)
+                raise
             if ranks.is_main:
                 workspace.publish(work, manifest)
             ranks.barrier()
@@ -194,17 +199,19 @@ def _files(work: Work, result: Result) -> list[Json]:
 
     A file that a stage claims and did not write is an error.
     """
+    in_attempt = work.attempt != work.folder  # else parts, which were flushed one by one as they were published
     entries, folders = [], set()
     for path in sorted(result.files):
         if not path.is_file():
             raise CorruptData(f"the stage said it wrote {path}, and it is not there")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        relative = path.relative_to(work.folder)
-        folders |= {work.folder / parent for parent in relative.parents}
-        entries.append({"path": relative.as_posix(), "bytes": path.stat().st_size, "sha256": digest})
-    for folder in sorted(folders):
+            if in_attempt:
+                os.fsync(file.fileno())
+        folders.add(path.parent)
+        relative = path.relative_to(work.folder).as_posix()
+        entries.append({"path": relative, "bytes": path.stat().st_size, "sha256": digest})
+    for folder in sorted(folders) if in_attempt else ():
         fsync_folder(folder)
     return entries
 

@@ -76,7 +76,7 @@ def show_artifact(workspace: Workspace, ref: str, console: Console) -> None:
     for line in _lineage(workspace, artifact, depth=0):
         console.say(line)
     for row in invalid[:_SHOWN_INVALID_ROWS]:
-        console.say(f"invalid: {row['key']} in {row['source_shard']}: {row['reason']}")
+        console.say(f"invalid: {row['key']} in source shard {row['source_shard']}: {row['reason']}")
     if len(invalid) > _SHOWN_INVALID_ROWS:
         console.say(f"invalid: {len(invalid) - _SHOWN_INVALID_ROWS} more; --json lists them all")
 

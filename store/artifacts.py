@@ -6,6 +6,7 @@ WORKSPACE/objects/KIND/ID/...               payload: latents' parts, or attempts
 WORKSPACE/refs/KIND/NAME.json               mutable name -> id
 """
 
+import contextlib
 import json
 import os
 import re
@@ -185,6 +186,16 @@ class Workspace:
             attempt = folder / "attempts" / secrets.token_hex(4)
             make_folder(attempt)
         return Work(kind, name, recipe, folder, attempt, tuple(attempts))
+
+    def abandon(self, work: Work) -> None:
+        """Forget a beginning that came to nothing, so that it stands in nobody's way; anything written stays."""
+        with contextlib.suppress(OSError):  # `rmdir` refuses a folder that holds something
+            if work.attempt != work.folder:
+                work.attempt.rmdir()
+                work.attempt.parent.rmdir()
+            if os.listdir(work.folder) == ["started.json"]:
+                (work.folder / "started.json").unlink()
+                work.folder.rmdir()
 
     def publish(self, work: Work, manifest: Manifest) -> Artifact:
         """Publish what `work` made, or adopt what somebody else published first; the name then points to it."""

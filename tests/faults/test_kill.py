@@ -1,0 +1,93 @@
+"""Processes that are killed at any moment, and processes that do the same work at once: the result is the same.
+
+Three kills of each kind by default, 25 with RAE_FAULTS=all.
+"""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.conftest import Rae, Warm
+
+KILLS = 25 if os.environ.get("RAE_FAULTS") == "all" else 3
+# Each verb with what it needs, what it makes, and settings that make it last.
+WORK = {
+    "encode": (("shards",), "latents", ()),
+    "train-decoder": (("shards",), "decoder", ("train_decoder.steps=30", "train_decoder.checkpoint_every=3")),
+    "train-dit": (("shards", "latents"), "dit", ("train_dit.steps=60", "train_dit.checkpoint_every=5")),
+    "sample": (("shards", "latents", "decoder", "dit"), "samples", ("sample.num_steps=20", "sample.batch_size=2")),
+}
+
+
+@pytest.mark.parametrize("verb", WORK)
+def test_killed_work_goes_on_to_the_same_result(verb: str, rae_with: Callable[..., Rae], warm: Warm) -> None:
+    needs, makes, settings = WORK[verb]
+    options = [word for setting in settings for word in ("-s", setting)]
+    rae = rae_with(*needs)
+    began = time.monotonic()
+    warm.start(rae.words(verb, *options)).wait().succeeded()
+    seconds, expected = time.monotonic() - began, rae.payload(makes)
+    chance, struck = random.Random(f"kill {verb}"), 0
+    for number in range(KILLS):
+        rae = rae_with(*needs)
+        moment = (number + chance.random()) / KILLS * seconds
+        running = warm.start(rae.words(verb, *options))
+        time.sleep(moment)
+        running.signal(signal.SIGKILL)
+        struck += running.wait().code == -signal.SIGKILL
+        warm.start(rae.words(verb, *options)).wait().succeeded()
+        assert rae.payload(makes) == expected, f"killed after {moment:.3f} of {seconds:.3f} s"
+    assert struck
+
+
+def test_work_that_is_killed_again_and_again_goes_on(rae_with: Callable[..., Rae], warm: Warm) -> None:
+    """Each attempt takes over from the one before: killed ones must not lose what they inherited."""
+    needs, makes, settings = WORK["train-dit"]
+    options = [word for setting in settings for word in ("-s", setting)]
+    rae = rae_with(*needs)
+    began = time.monotonic()
+    warm.start(rae.words("train-dit", *options)).wait().succeeded()
+    seconds, expected = time.monotonic() - began, rae.payload(makes)
+    rae, reached = rae_with(*needs), [0]
+    for _ in range(KILLS):
+        running = warm.start(rae.words("train-dit", *options))
+        time.sleep(seconds * 0.6)
+        running.signal(signal.SIGKILL)
+        running.wait()
+        steps = [int(path.name[-8:]) for path in rae.workspace.glob("objects/dit/*/attempts/*/checkpoints/step-*")]
+        reached.append(max(steps, default=0))
+    assert reached == sorted(reached)
+    warm.start(rae.words("train-dit", *options)).wait().succeeded()
+    assert rae.payload(makes) == expected
+
+
+@pytest.mark.parametrize("verb", ["encode", "train-dit", "run"])
+def test_two_at_once_make_one_correct_artifact(
+    verb: str, finished: Rae, rae_with: Callable[..., Rae], warm: Warm
+) -> None:
+    rae = rae_with(*({"encode": ["shards"], "train-dit": ["shards", "latents"], "run": []}[verb]))
+    both = [warm.start(rae.words(verb)) for _ in range(2)]
+    for one in both:
+        one.wait().succeeded()
+    makes = {"encode": ["latents"], "train-dit": ["dit"], "run": ["shards", "latents", "decoder", "dit", "samples"]}
+    for kind in makes[verb]:
+        assert rae.payload(kind) == finished.payload(kind)
+        assert rae.content(kind) == finished.content(kind)
+        assert len(list((rae.workspace / "objects" / kind).iterdir())) == 1
+    assert not list(rae.workspace.glob("objects/latents/**/.*.partial"))
+
+
+def test_two_at_once_finish_what_a_killed_one_left(finished: Rae, rae_with: Callable[..., Rae], warm: Warm) -> None:
+    rae = rae_with("shards")
+    killed = warm.start(rae.words("encode"))
+    while not any(rae.workspace.glob("objects/latents/*/parts/*.json")):
+        time.sleep(0.002)
+    killed.signal(signal.SIGKILL)
+    killed.wait()
+    for one in [warm.start(rae.words("encode")) for _ in range(2)]:
+        one.wait().succeeded()
+    assert rae.payload("latents") == finished.payload("latents")
