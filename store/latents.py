@@ -141,13 +141,14 @@ class LatentStore:
 
     def rows(self, rows: npt.ArrayLike, views: npt.ArrayLike) -> Latents:
         """Raw latents [B, C, H, W] in the stored dtype, of `rows` [B] in the given `views` [B] (or one for all)."""
-        places = self._places(np.asarray(rows, dtype=np.int64))
-        chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), places[0].shape)
+        parts, places = self._places(np.asarray(rows, dtype=np.int64))
+        chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), parts.shape)
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.views:
             raise IndexError(f"a store of {self.views} view(s) was asked for views {chosen.min()} to {chosen.max()}")
+        self._announce(parts, places, chosen)  # faulted in one by one, a cold file gives half as much or less
         latents = np.empty((chosen.size, self.layout.latent_bytes), np.uint8)
-        for target, part, row, view in zip(latents, *(place.tolist() for place in (*places, chosen)), strict=True):
-            target[:] = self._shard(part).chunk(row, view)
+        for target, part, place, view in zip(latents, parts.tolist(), places.tolist(), chosen.tolist(), strict=True):
+            target[:] = self._shard(part).chunk(place, view)
         return latents.view(self.layout.stored_dtype).reshape(-1, *self.shape)
 
     def batches(
@@ -192,7 +193,7 @@ class LatentStore:
             rows, views = upcoming
             upcoming = next(drawn, None)
             if upcoming is not None:
-                self._announce(*upcoming)
+                self._announce(*self._places(upcoming[0]), upcoming[1])
             latents = self.rows(rows, views)
             yield {
                 "latent": latents if raw else self.stats.whiten(latents),
@@ -201,10 +202,9 @@ class LatentStore:
                 "view": views,
             }
 
-    def _announce(self, rows: IntArray, views: IntArray) -> None:
-        parts, places = self._places(rows)
-        for part, row, view in zip(parts.tolist(), places.tolist(), views.tolist(), strict=True):
-            self._shard(part).announce(row, view)
+    def _announce(self, parts: IntArray, places: IntArray, views: IntArray) -> None:
+        for part, place, view in zip(parts.tolist(), places.tolist(), views.tolist(), strict=True):
+            self._shard(part).announce(place, view)
 
     def _places(self, rows: IntArray) -> tuple[IntArray, IntArray]:
         """Part and row in the part of each row. Only parts with invalid rows need their shard's index for that."""
