@@ -49,6 +49,7 @@ def run(
     protocol: Json = {
         "held_out_digest": hashlib.sha256(canonical(held_out.digests)).hexdigest(),
         "held_out_images": len(val_images),
+        "held_out_unusable": len(held_out) - len(val_images),
         "image_size": size,
         "reconstructions": min(len(val_images), section.reconstructions),
         "seed": section.seed,
@@ -89,7 +90,7 @@ def load_images(source: Source, size: int, job: Job, unit: str) -> tuple[np.ndar
             try:
                 images.append(center_crop(decode(source.read(row)), size))
             except BadImage:
-                continue  # encode has recorded it with its reason
+                continue  # counted in the protocol; of a training image, the latents' index has the reason
             labels.append(int(source.labels[row]))
         job.progress(row + 1, len(source), unit)
         job.check_stop()
