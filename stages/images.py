@@ -99,11 +99,6 @@ def resized_crop(image: Image.Image, resize_size: int, size: int, u: tuple[float
     return _cut(image, left, top, size)
 
 
-def flip(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Mirror left and right: [..., H, W, 3] to the same, contiguous."""
-    return np.ascontiguousarray(pixels[..., ::-1, :])
-
-
 @cache
 def _formats() -> tuple[str, ...]:
     """The formats of `_FORMATS` that this build of Pillow knows."""

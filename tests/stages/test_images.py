@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from rae.stages.images import BadImage, center_crop, decode, flip, resized_crop, sniff
+from rae.stages.images import BadImage, center_crop, decode, resized_crop, sniff
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
@@ -249,11 +249,3 @@ def test_resized_crop_positions_are_uniform() -> None:
 def test_a_crop_larger_than_the_image_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="crop of 64"):
         resized_crop(picture(), 32, 64, (0.0, 0.0))
-
-
-def test_flip_mirrors_the_columns() -> None:
-    pixels = np.asarray(picture())
-    flipped = flip(np.stack([pixels, pixels]))
-    np.testing.assert_array_equal(flipped[1, :, 0], pixels[:, -1])
-    np.testing.assert_array_equal(flip(flipped)[0], pixels)
-    assert flipped.flags.c_contiguous
