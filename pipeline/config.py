@@ -107,14 +107,10 @@ def _apply(value: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"`-s {override}`: `{key}` is a value, not a section")
     try:
-        node[keys[-1]] = _number_or(yaml.safe_load(text))
+        # YAML 1.1 reads `1e-3` as text; people mean the number.
+        node[keys[-1]] = float(text) if _EXPONENTIAL.fullmatch(text.strip()) else yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"`-s {override}`: {text!r} is not a YAML value") from None
-
-
-def _number_or(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as text; people mean the number."""
-    return float(value) if isinstance(value, str) and _EXPONENTIAL.fullmatch(value) else value
 
 
 def _explain(error: ValidationError, model: type[Section], where: str) -> str:

@@ -162,6 +162,11 @@ class Pipeline:
         keys: dict[str, Any] = {"image_key": shards.image_key, "label_key": shards.label_key}
         return open_source(spec, label_field=shards.label_field, classes=shards.classes, **keys)
 
+    def reading(self) -> Json:
+        """How samples are read from tars: under other keys the same tars show other images, or other labels."""
+        shards = self.config.shards
+        return {key: getattr(shards, key) for key in ("image_key", "label_key", "label_field")}
+
     @cached_property
     def encoder_files(self) -> EncoderFiles:
         encode = self.section("encode", EncodeSection)
@@ -227,7 +232,7 @@ def _encode(pipeline: Pipeline) -> Task:
     source, files = pipeline.train, pipeline.encoder_files
     # The classes, since tars that name their labels leave the numbers to them.
     digests: Json = {"weights": files.digests, "source": source.digests, "classes": source.classes}
-    recipe = _recipe("encode", pipeline.encoding(), **digests)
+    recipe = _recipe("encode", pipeline.encoding(), reading=pipeline.reading(), **digests)
 
     def run(job: Job) -> Result:
         from rae.stages import encode
@@ -246,7 +251,7 @@ def _train_decoder(pipeline: Pipeline) -> Task:
         backbone = locate_lpips(section.lpips_weights)
         weights[backbone.name] = digest_file(backbone)
     config = {"train_decoder": section.recipe(), "encoder": pipeline.encoder()}
-    recipe = _recipe("train_decoder", config, weights=weights, source=source.digests)
+    recipe = _recipe("train_decoder", config, weights=weights, source=source.digests, reading=pipeline.reading())
 
     def run(job: Job) -> Result:
         from rae.stages import train_decoder
@@ -297,7 +302,8 @@ def _evaluate(pipeline: Pipeline) -> Task:
     config = {"evaluate": section.recipe(), "encoder": pipeline.encoder()}
     extractor = {f"extractor/{name}": digest for name, digest in _extractor_files(section).digests.items()}
     weights = {**files.digests, **extractor}
-    recipe = _recipe("evaluate", config, inputs, weights=weights, source=source.digests, held_out=held_out.digests)
+    digests: Json = {"weights": weights, "source": source.digests, "held_out": held_out.digests}
+    recipe = _recipe("evaluate", config, inputs, classes=source.classes, reading=pipeline.reading(), **digests)
 
     def run(job: Job) -> Result:
         from rae.stages import evaluate
