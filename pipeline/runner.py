@@ -81,6 +81,8 @@ def between(pipeline: Pipeline, first: str | None, last: str | None) -> list[Sta
             known = ", ".join(stage.verb for stage in pipeline.stages)
             raise ConfigError(f"`{word}` is not a stage of `{pipeline.config.name}`; its stages are {known}")
         bounds.append(names.index(name) if word else default)
+    if bounds[0] > bounds[1]:
+        raise ConfigError(f"`--from {first}` comes after `--to {last}`: nothing lies between them")
     return pipeline.stages[bounds[0] : bounds[1] + 1]
 
 
