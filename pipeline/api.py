@@ -98,7 +98,7 @@ def load_autoencoder(
     known = decoder.encoder
     files = locate_encoder(encoder or known["name"], encoder_weights)
     frozen = load_encoder(files, known["input_size"], known["feature_index"], device)
-    check_compatible(describe(frozen), known)
+    check_compatible(describe(frozen), known, "this encoder")
     return Autoencoder(frozen, decoder)
 
 

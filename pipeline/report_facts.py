@@ -128,7 +128,7 @@ def lineage(facts: Facts) -> list[Json]:
 
 
 def seconds(artifact: Artifact) -> float:
-    """The time that making it took, interruptions and all."""
+    """The time that making it took; of a training, of all its attempts together."""
     value = artifact.manifest.metrics.get("seconds", 0.0)
     return float(value) if isinstance(value, int | float) else 0.0
 

@@ -16,7 +16,7 @@ from rae.pipeline.console import Console
 from rae.pipeline.plan import STAGES, Pipeline, Stage, Task, shards_task
 from rae.pipeline.stopping import again
 from rae.stages.job import Job, Result
-from rae.stages.models.geometry import encoder_geometry
+from rae.stages.models.geometry import encoder_geometry, input_size_for
 from rae.stages.sections import ShardsSection
 from rae.store.artifacts import Artifact, Work, read_artifact
 from rae.store.errors import ConfigError, CorruptData, MissingInput, PartialResult, RaeError, StaleInput
@@ -93,11 +93,9 @@ def preflight(pipeline: Pipeline) -> None:
         return
     if _is_done(pipeline, "train_dit"):
         return  # the geometry of a timm encoder takes torch to know: seconds that a finished pipeline can do without
-    token_dim, _ = encoder_geometry(
-        pipeline.encoder_files,
-        config.encode.encoder_input_size or config.encode.image_size,
-        config.encode.feature_index,
-    )
+    files, encode = pipeline.encoder_files, config.encode
+    input_size = input_size_for(files, encode.image_size, encode.encoder_input_size)
+    token_dim, _ = encoder_geometry(files, input_size, encode.feature_index)
     config.train_dit.check_width(token_dim)
 
 

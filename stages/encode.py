@@ -20,6 +20,7 @@ import torch
 from rae.stages.images import BadImage, center_crop, decode
 from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.encoders import Encoder, describe, load_encoder
+from rae.stages.models.geometry import input_size_for
 from rae.stages.models.pixels import to_unit
 from rae.stages.models.weights import EncoderFiles
 from rae.stages.sections import EncodeSection
@@ -46,7 +47,8 @@ class Decoded:
 
 def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -> Result:
     """Encode what is missing of `source` and describe the finished store."""
-    encoder = load_encoder(files, section.encoder_input_size or section.image_size, section.feature_index, job.device)
+    input_size = input_size_for(files, section.image_size, section.encoder_input_size)
+    encoder = load_encoder(files, input_size, section.feature_index, job.device)
     height, width = encoder.grid
     views = 2 if section.horizontal_flip else 1
     layout = LatentLayout(
@@ -68,10 +70,14 @@ def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -
         rate = encoded / (time.monotonic() - began)
         job.progress(before + encoded, total, "images", images_per_second=rate)
 
-    encoded = 0
+    encoded, verified = 0, set[str]()
     with ThreadPoolExecutor(max(1, section.workers), thread_name_prefix="decode") as pool:
         for part in missing:
-            first = source.shards[part.source_shard].first + part.first_sample
+            shard = source.shards[part.source_shard]
+            if shard.name not in verified:
+                source.verify(shard)  # what the index said of its digest was a hint
+                verified.add(shard.name)
+            first = shard.first + part.first_sample
             batches = _decoded_batches(source, range(first, first + part.count), section, pool)
             with PartWriter(job.folder, layout, part) as writer:
                 for batch in batches:
@@ -89,6 +95,8 @@ def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -
     if not ranks.is_main:
         return NOTHING
     summary = finish(job.folder, layout, parts, source.digests)
+    # The records hold the digests of the parts' files: to read a terabyte again would tell nothing new.
+    files_made = [path for path in summary.files if (job.folder / "latents" / "c") not in path.parents]
     replace_bytes(job.folder / "encoder.json", json.dumps(describe(encoder), indent=1, sort_keys=True).encode())
     metrics: dict[str, Any] = {
         "rows": summary.rows,
@@ -102,7 +110,7 @@ def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -
         metrics["classes"] = list(source.classes)
     if summary.reasons:
         metrics["invalid_reasons"] = dict(summary.reasons)
-    return Result(summary.content, metrics, (*summary.files, job.folder / "encoder.json"))
+    return Result(summary.content, metrics, (*files_made, job.folder / "encoder.json"))
 
 
 def _decoded_batches(

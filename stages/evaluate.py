@@ -41,7 +41,7 @@ def run(
     decoding = Decoder.load(decoder.payload, device=job.device)
     known = decoding.encoder
     encoder = load_encoder(files, known["input_size"], known["feature_index"], job.device)
-    check_compatible(describe(encoder), known)
+    check_compatible(describe(encoder), known, "this encoder")
     size = decoding.config.image_size
     val_images, val_labels = load_images(held_out, size, job, "held-out images")
     scores: dict[str, Json] = {"reconstruction": _score_reconstruction(section, encoder, decoding, val_images, job)}

@@ -117,6 +117,8 @@ class TrainingSection(Section):
             raise ValueError("give the length of training once: `steps` or `epochs`")
         if self.warmup_steps and self.warmup_epochs:
             raise ValueError("give the warm-up once: `warmup_steps` or `warmup_epochs`")
+        if self.schedule != "constant" and self.lr < self.final_lr:
+            raise ValueError(f"`lr` {self.lr} is below `final_lr` {self.final_lr}, which a schedule falls to")
         return self
 
 
@@ -162,7 +164,7 @@ class TrainDitSection(TrainingSection):
     loss_weight: Literal["velocity", "likelihood"] | None = None
     time_dist_type: Literal["uniform", "logit-normal"] = "uniform"
     time_dist_shift: Rate | Literal["auto"] = "auto"
-    allow_narrow: bool = False
+    allow_narrow: Annotated[bool, Runtime] = False
 
     @model_validator(mode="after")
     def _parts_match(self) -> Self:

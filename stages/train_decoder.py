@@ -14,6 +14,7 @@ from rae.stages.images import BadImage, center_crop, decode, resized_crop
 from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens
 from rae.stages.models.encoders import Encoder, describe, load_encoder
+from rae.stages.models.geometry import input_size_for
 from rae.stages.models.perceptual import build_perceptual
 from rae.stages.models.pixels import to_unit
 from rae.stages.models.trained import save_decoder
@@ -71,7 +72,8 @@ def run(section: TrainDecoderSection, encode: EncodeSection, source: Source, fil
     """Train the decoder of `section` for the encoder in `files`; returns its payload and the last losses."""
     ranks = Ranks.from_environment()
     device = ranks.device(job.device)
-    encoder = load_encoder(files, encode.encoder_input_size or encode.image_size, encode.feature_index, str(device))
+    input_size = input_size_for(files, encode.image_size, encode.encoder_input_size)
+    encoder = load_encoder(files, input_size, encode.feature_index, str(device))
     config = describe_decoder(section, encode, encoder)
     perceptual = build_perceptual(section.perceptual_loss, encoder, section.lpips_weights)
     perceptual = perceptual.to(device) if perceptual is not None else None

@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rae.stages.models import layers
 from rae.store.errors import ConfigError
-
-STATISTICS_EPS = 1e-5
+from rae.store.stats import EPSILON
 
 VIT_SIZES: dict[str, dict[str, int]] = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6, "intermediate_size": 1536},
@@ -99,13 +98,13 @@ class DecoderConfig:
         return cls(**{**values, "image_mean": mean, "image_std": std})
 
 
-def whiten(tokens: Tensor, mean: Tensor | None, var: Tensor, eps: float = STATISTICS_EPS) -> Tensor:
+def whiten(tokens: Tensor, mean: Tensor | None, var: Tensor, eps: float = EPSILON) -> Tensor:
     """Raw tokens [B, C, H, W] -> (tokens - mean) / sqrt(var + eps); `mean` (may be absent) and `var` are [C, H, W]."""
     centred = tokens if mean is None else tokens - mean
     return centred / torch.sqrt(var + eps)
 
 
-def unwhiten(tokens: Tensor, mean: Tensor | None, var: Tensor, eps: float = STATISTICS_EPS) -> Tensor:
+def unwhiten(tokens: Tensor, mean: Tensor | None, var: Tensor, eps: float = EPSILON) -> Tensor:
     """Whitened tokens [B, C, H, W] -> raw ones: the inverse of `whiten` with the same statistics."""
     scaled = tokens * torch.sqrt(var + eps)
     return scaled if mean is None else scaled + mean

@@ -50,6 +50,17 @@ def encoder_geometry(
     return timm_geometry(model, size, timm_feature_index(model, feature_index))
 
 
+def input_size_for(files: EncoderFiles, image_size: int, asked: int | None = None) -> int:
+    """The side in pixels that images of `image_size` are resized to for this encoder: as asked, or 16 pixels a token.
+
+    So 256 px become 224 for DINOv2 (patch 14) and stay 256 for patch 16: 16 x 16 tokens each (RAE paper, section 3).
+    A timm encoder is fed the image as it is.
+    """
+    if asked is not None or files.kind == "timm":
+        return asked or image_size
+    return vision_config(files)["patch_size"] * max(image_size // 16, 1)
+
+
 def folder_geometry(files: EncoderFiles, input_size: int | None, feature_index: int | None) -> tuple[int, int]:
     """Token width and tokens along one side of a Hugging Face encoder."""
     if feature_index is not None:

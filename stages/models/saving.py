@@ -32,11 +32,15 @@ def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Fill `model` from a file; `CorruptData` names what is missing, unknown or of another shape."""
+    model.load_state_dict(read_weights(path, model.state_dict()))
+
+
+def read_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, which must have the names and shapes of `own`; else `CorruptData`."""
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CorruptData(f"{path} is not a readable safetensors file ({error})") from error
-    own = model.state_dict()
     faults = [f"lacks `{name}`" for name in own.keys() - state.keys()]
     faults += [f"has the unknown `{name}`" for name in state.keys() - own.keys()]
     for name in own.keys() & state.keys():
@@ -45,7 +49,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if faults:
         shown = "; ".join(sorted(faults)[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise CorruptData(f"{path} does not fit this model: it {shown}")
-    model.load_state_dict(state)
+    return state
 
 
 def digest_weights(state: Mapping[str, Tensor]) -> str:

@@ -4,23 +4,23 @@ decoder.json, model.safetensors, ema.safetensors
 dit.json, model.safetensors, ema.safetensors, latent_stats.safetensors
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens, unwhiten
 from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.encoders import Encoder
-from rae.stages.models.saving import digest_weights, load_weights, save_weights
+from rae.stages.models.saving import digest_weights, load_weights, read_weights, save_weights
 from rae.stages.models.transport import Transport, create_transport
 from rae.store.errors import CorruptData, StaleInput
-from rae.store.manifest import Json, differing_fields
+from rae.store.manifest import Json, canonical, differing_fields
 
 Weights = Literal["ema", "model"]
 # What two encoders must share for one's latents to be read by a decoder trained on the other's.
@@ -47,7 +47,7 @@ class Decoder(nn.Module):
     @classmethod
     def load(cls, folder: Path, weights: Weights = "ema", device: str = "cpu") -> Self:
         """Read what `save_decoder` wrote."""
-        about = _read_json(folder / "decoder.json")
+        about = _read_json(folder / "decoder.json", "config", "encoder")
         model = ViTDecoder(DecoderConfig.from_dict(about["config"]))
         load_weights(model, folder / f"{weights}.safetensors")
         return cls(model, about["encoder"]).to(device)
@@ -95,11 +95,13 @@ class Dit(nn.Module):
     @classmethod
     def load(cls, folder: Path, weights: Weights = "ema", device: str = "cpu") -> Self:
         """Read what `save_dit` wrote."""
-        about = DitDescription.from_json(_read_json(folder / "dit.json"))
+        about = DitDescription.from_json(_read_json(folder / "dit.json", "config", "transport", "encoder", "classes"))
         model = build_dit(about.config)
         load_weights(model, folder / f"{weights}.safetensors")
-        stats = load_file(folder / "latent_stats.safetensors")
-        return cls(model, about, stats["mean"], stats["var"]).to(device)
+        side = about.config.input_size
+        shape = torch.empty(about.config.in_channels, side, side)
+        stats = read_weights(folder / "latent_stats.safetensors", {"mean": shape, "var": shape})
+        return cls(model, about, **stats).to(device)
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,9 @@ class Autoencoder(nn.Module):
 def save_decoder(
     folder: Path, config: DecoderConfig, encoder: Json, model: Mapping[str, Tensor], ema: Mapping[str, Tensor]
 ) -> tuple[tuple[Path, ...], str]:
-    """Write a decoder's payload; returns its files and its content digest (over the EMA weights)."""
-    return _save(folder, "decoder.json", {"config": config.to_dict(), "encoder": encoder}, model, ema)
+    """Write a decoder's payload; returns its files and its content digest."""
+    about = {"config": config.to_dict(), "encoder": encoder}
+    return _save(folder, "decoder.json", about, {"model": model, "ema": ema})
 
 
 def save_dit(
@@ -165,20 +168,22 @@ def save_dit(
     ema: Mapping[str, Tensor],
 ) -> tuple[tuple[Path, ...], str]:
     """Write a transformer's payload with the (mean, var) [C, H, W] that whiten its latents."""
-    path = folder / "latent_stats.safetensors"
-    save_weights(path, {"mean": stats[0], "var": stats[1]})
-    files, content = _save(folder, "dit.json", about.to_json(), model, ema)
-    return (*files, path), content
+    tensors = {"model": model, "ema": ema, "latent_stats": {"mean": stats[0], "var": stats[1]}}
+    return _save(folder, "dit.json", about.to_json(), tensors)
 
 
 def _save(
-    folder: Path, name: str, about: Json, model: Mapping[str, Tensor], ema: Mapping[str, Tensor]
+    folder: Path, name: str, about: Json, groups: Mapping[str, Mapping[str, Tensor]]
 ) -> tuple[tuple[Path, ...], str]:
-    files = (folder / name, folder / "model.safetensors", folder / "ema.safetensors")
-    files[0].write_text(json.dumps(about, indent=1, sort_keys=True))
-    save_weights(files[1], model)
-    save_weights(files[2], ema)
-    return files, digest_weights(ema)
+    """The files, and one digest over the description and every group of tensors."""
+    paths = [folder / name]
+    paths[0].write_text(json.dumps(about, indent=1, sort_keys=True))
+    digests: Json = {"about": about}
+    for group, tensors in groups.items():
+        paths.append(folder / f"{group}.safetensors")
+        save_weights(paths[-1], tensors)
+        digests[group] = digest_weights(tensors)
+    return tuple(paths), hashlib.sha256(canonical(digests)).hexdigest()
 
 
 def read_encoder(latents: Path) -> Json:
@@ -186,18 +191,18 @@ def read_encoder(latents: Path) -> Json:
     return _read_json(latents / "encoder.json")
 
 
-def check_compatible(dit: Json, decoder: Json) -> None:
-    """Refuse a decoder that reads other tokens than the transformer makes; both are encoders' descriptions."""
-    asked, found = ({key: one.get(key) for key in _SAME_TOKENS} for one in (dit, decoder))
+def check_compatible(maker: Json, decoder: Json, who: str = "the transformer") -> None:
+    """Refuse a decoder that reads other tokens than `who` makes; both are encoders' descriptions."""
+    asked, found = ({key: one.get(key) for key in _SAME_TOKENS} for one in (maker, decoder))
     if fields := "; ".join(differing_fields(asked, found, "encoder")):
-        raise StaleInput(f"the decoder reads other latents than the transformer makes ({fields})")
+        raise StaleInput(f"the decoder reads other latents than {who} makes ({fields})")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *keys: str) -> Json:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CorruptData(f"{path} cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise CorruptData(f"{path} does not hold a JSON object")
+        raise CorruptData(f"{path} can't be read ({error})") from error
+    if not isinstance(value, dict) or not set(keys) <= set(value):
+        raise CorruptData(f"{path} does not hold a JSON object with {', '.join(keys)}")
     return value

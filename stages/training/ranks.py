@@ -12,7 +12,6 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rae.store.errors import ConfigError
-from rae.store.order import IntArray
 
 T = TypeVar("T")
 
@@ -66,16 +65,6 @@ class Ranks:
         finally:
             distributed.destroy_process_group()
 
-    def shard(self, batch_rows: IntArray) -> IntArray:
-        """This rank's contiguous share of a global batch's rows; the shares of all ranks, in order, are the batch.
-
-        Raises `ConfigError` unless the shares are equal: only then is the mean over ranks the mean over the batch.
-        """
-        if len(batch_rows) % self.world_size:
-            raise ConfigError(f"`batch_size` {len(batch_rows)} does not divide among {self.world_size} processes")
-        share = len(batch_rows) // self.world_size
-        return batch_rows[self.rank * share : (self.rank + 1) * share]
-
     def all_reduce_mean(self, tensor: Tensor) -> Tensor:
         """The mean over ranks of a floating point tensor; a new tensor, on the same device, without gradient."""
         mean = tensor.detach().clone()
@@ -120,4 +109,5 @@ def wrap(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # they are constants
     )

@@ -67,7 +67,7 @@ def test_labels_are_dropped_at_the_configured_rate_to_the_null_label(tmp_path: P
     dropped = torch.cat([batch(store, range(48), epoch).y == 3 for epoch in range(20)])
     assert 0.44 < float(dropped.float().mean()) < 0.56  # four standard deviations of 960 coin tosses
     kept = batch(store, range(48)).y
-    labels = torch.from_numpy(store.labels)
+    labels = torch.tensor(store.labels)
     assert torch.equal(kept[kept != 3], labels[kept != 3])
 
 

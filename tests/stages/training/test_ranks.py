@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -88,13 +87,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_reported_by_all(facts):
     share = next(shares[step] for shares in facts["two"]["batches"] if 7 in shares[step])
     named = f"the loss became nan at step {step + 1}, on samples {', '.join(map(str, share))}"
     assert facts["two"]["non_finite"] == [["RaeError", named]] * 2
-
-
-def test_shares_must_be_equal():
-    assert Ranks(1, 2).shard(np.arange(6)).tolist() == [3, 4, 5]
-    assert Ranks().shard(np.arange(5)).tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(ConfigError, match="`batch_size` 5 does not divide among 2 processes"):
-        Ranks(0, 2).shard(np.arange(5))
 
 
 def test_the_environment_says_who_we_are(monkeypatch):

@@ -38,7 +38,7 @@ class Points:
 
 
 def batch(epoch, step):
-    rows = RANKS.shard(batch_rows(ROWS, SECTION.batch_size, SECTION.seed, epoch, step))
+    rows = batch_rows(ROWS, SECTION.batch_size, SECTION.seed, epoch, step, RANKS.rank, RANKS.world_size)
     return Points(rows, normal((4,), SECTION.seed, "point", 0, rows))
 
 
