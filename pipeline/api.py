@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rae.store.artifacts import Artifact, Workspace
+from rae.store.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -114,14 +115,18 @@ def sample(
 ) -> np.ndarray:
     """Images uint8 [N, S, S, 3], one per label. Image i depends on (seed, i, label) alone.
 
-    Raises `StaleInput` if the decoder reads other tokens than the transformer makes.
+    The label `dit.num_classes` asks for an image of no class. Raises `StaleInput` if the decoder reads other tokens
+    than the transformer makes, `ConfigError` for a label that it does not know.
     """
     from rae.stages.models.trained import check_compatible
     from rae.stages.sample import draw_all
     from rae.stages.sections import SampleSection
 
     check_compatible(dit.about.encoder, decoder.encoder)
-
+    for label in labels:
+        if not 0 <= label <= dit.num_classes:
+            known = f"0 to {dit.num_classes - 1}" if dit.num_classes else "none (its label is 0)"
+            raise ConfigError(f"there is no class {label}: of classes the transformer knows {known}")
     section = SampleSection(
         num_images=len(labels),
         seed=seed,
@@ -138,10 +143,11 @@ def run(config: str, workspace: str | None = None, overrides: Sequence[str] = ()
     from rae.pipeline import config as configuration
     from rae.pipeline import runner
     from rae.pipeline.plan import Pipeline
+    from rae.pipeline.preflight import preflight
 
     where = _workspace(workspace)
     pipeline = Pipeline(configuration.load(config, overrides), where, configuration.words(config, overrides))
-    runner.preflight(pipeline)
+    preflight(pipeline)
     chosen = runner.Options(command=pipeline.command("run"), **options)
     outcomes = runner.run_stages(pipeline, pipeline.stages, chosen)
     return [outcome.artifact for outcome in outcomes]

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,21 @@ class Ran:
         return self
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute as processes of their own do here: with more threads, sums differ in their last bits."""
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Rae:
     """`rae` commands about the configuration file `config` in the workspace `workspace`, run in this process."""
 
@@ -97,18 +112,12 @@ class Rae:
 
     def __call__(self, *words: object) -> Ran:
         """Run `rae WORDS...`."""
-        import torch
-        from threadpoolctl import threadpool_limits
-
         from rae.pipeline.cli import main
 
         out, err = io.StringIO(), io.StringIO()
-        threads = torch.get_num_threads()
-        # As in processes of their own: sums differ in their last bits with the threads.
-        limits = threadpool_limits(1)
-        torch.set_num_threads(1)
         try:
             with (
+                one_thread(),
                 mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(self.folder / "cache")}),
                 mock.patch("sys.argv", ["rae", *map(str, words)]),
                 redirect_stdout(out),
@@ -118,9 +127,6 @@ class Rae:
             code = 0
         except SystemExit as done:
             code = int(done.code or 0)
-        finally:
-            torch.set_num_threads(threads)
-            limits.restore_original_limits()
         return Ran(code, out.getvalue(), err.getvalue())
 
     def verb(self, verb: str, *words: object) -> Ran:
