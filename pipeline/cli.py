@@ -56,14 +56,15 @@ def run_command(
     """Run every stage that is missing, in order, and write the report."""
     from rae.pipeline import runner
     from rae.pipeline.launch import is_main
+    from rae.pipeline.preflight import preflight
     from rae.pipeline.report import write_report
 
     pipeline, options = _prepare(config, workspace, overrides, as_json, quiet, restart, device)
     stages = runner.between(pipeline, first, last)
+    preflight(pipeline)
     if dry_run:
         _show_plan(pipeline, [stage.name for stage in stages], options)
         return
-    runner.preflight(pipeline)
     outcomes = runner.run_stages(pipeline, stages, options)
     if not is_main():
         return

@@ -7,7 +7,7 @@ finds, begins and publishes; all ranks work on its attempt.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rae.store.errors import ConfigError
 from rae.store.manifest import Json
@@ -15,23 +15,40 @@ from rae.store.manifest import Json
 if TYPE_CHECKING:
     from rae.stages.training.ranks import Ranks
 
+T = TypeVar("T")
+
 
 def is_main() -> bool:
     """Whether this process is the one that speaks: rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
+class Alone:
+    """What `Ranks` is to a single process, without the seconds that torch takes to load: a done stage needs none."""
+
+    is_main = True
+
+    def broadcast(self, value: T) -> T:
+        return value
+
+    def barrier(self) -> None:
+        """There is nobody to wait for."""
+
+
 @contextmanager
-def processes(device: str) -> Iterator["Ranks"]:
+def processes(device: str) -> Iterator["Ranks | Alone"]:
     """This process among those that torchrun started, connected; alone there is nothing to connect."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield Alone()
+        return
     from rae.stages.training.ranks import Ranks
 
     ranks = Ranks.from_environment()
-    with ranks.process_group(ranks.device(device)):
+    with ranks.process_group(ranks.device(device_of(device))):
         yield ranks
 
 
-def device(asked: str) -> str:
+def device_of(asked: str) -> str:
     """The device that `--device` means; `auto` takes CUDA where there is one, else the CPU."""
     import torch
 

@@ -1,4 +1,4 @@
-"""THE data flow: what each stage reads, what it makes, and the recipe that its result follows from.
+"""THE data flow: what each stage makes of what. `tasks.py` says how, stage by stage.
 
     images or shards --shards--> shards
     shards --encode--> latents (+ exact statistics)
@@ -10,7 +10,6 @@
 Nothing here loads torch: whether work is done is a question of digests alone.
 """
 
-import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,30 +17,14 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from rae.pipeline.config import PipelineConfig
-from rae.stages import shards
 from rae.stages.job import Job, Result
-from rae.stages.models.weights import (
-    PACKAGED_ARCHITECTURE,
-    PACKAGED_ENCODER,
-    EncoderFiles,
-    digest_file,
-    locate_encoder,
-    locate_lpips,
-)
-from rae.stages.sections import (
-    EncodeSection,
-    EvaluateSection,
-    SampleSection,
-    Section,
-    ShardsSection,
-    TrainDecoderSection,
-    TrainDitSection,
-)
-from rae.stages.shards import in_place, source_digest
+from rae.stages.models.weights import EncoderFiles, locate_encoder
+from rae.stages.sections import EncodeSection, Section, TrainDitSection
+from rae.stages.shards import in_place
 from rae.stages.sources import Split
 from rae.store.artifacts import Artifact, Workspace
 from rae.store.errors import ConfigError, MissingInput, StaleInput
-from rae.store.manifest import Json, canonical, differing_fields
+from rae.store.manifest import Json, differing_fields
 from rae.store.shards import Source, open_source
 
 S = TypeVar("S", bound=Section)
@@ -105,7 +88,9 @@ class Pipeline:
 
     def task(self, name: str) -> Task:
         """What the stage would make; raises `MissingInput` when an input is still to be made."""
-        return _TASKS[name](self)
+        from rae.pipeline.tasks import TASKS  # each of them is a function of a pipeline
+
+        return TASKS[name](self)
 
     def find(self, name: str) -> Artifact | None:
         """The stage's artifact if it is published."""
@@ -148,12 +133,10 @@ class Pipeline:
         return self._open(self.config.shards.train, "train")
 
     @cached_property
-    def val(self) -> Source | None:
-        """The held-out images, if there are any."""
-        shards = self.config.shards
-        if shards.val:
-            return self._open(shards.val, "val")
-        return self._open(str(shards.train), "val") if shards.val_fraction else None
+    def held_out(self) -> Source:
+        """The images to score against: `shards.val`, or those that `val_fraction` kept from training."""
+        self.require_held_out()
+        return self._open(self.config.shards.val or str(self.config.shards.train), "val")
 
     def _open(self, spec: str, split: Split) -> Source:
         shards = self.config.shards
@@ -161,6 +144,20 @@ class Pipeline:
             spec = str(self.need("shards").payload / f"{split}-*.tar")
         keys: dict[str, Any] = {"image_key": shards.image_key, "label_key": shards.label_key}
         return open_source(spec, label_field=shards.label_field, classes=shards.classes, **keys)
+
+    @property
+    def shards(self) -> dict[str, Artifact]:
+        """The shards that this pipeline made, if it had to: lineage, since recipes hold the digests of their tars."""
+        return {"shards": self.need("shards")} if self._has("shards") else {}
+
+    def require_held_out(self) -> None:
+        """Raise `MissingInput` unless the configuration holds images out to score against."""
+        if not self.config.shards.val and not self.config.shards.val_fraction:
+            raise MissingInput(
+                f"`{self.config.name}` holds no images out to score against: name some with `shards.val`, or set"
+                " `shards.val_fraction` before anything is encoded",
+                self.command("run") + " -s shards.val_fraction=0.1",
+            )
 
     def reading(self) -> Json:
         """How samples are read from tars: under other keys the same tars show other images, or other labels."""
@@ -200,131 +197,4 @@ class Pipeline:
     def encoder(self) -> Json:
         """The settings that fix the encoder itself, whatever is stored of its output."""
         encode = self.encoding()["encode"]
-        return {key: encode[key] for key in ("feature_index", "image_size", "encoder_input_size", "precision")}
-
-
-def _recipe(stage: str, config: Json, inputs: dict[str, Artifact] | None = None, **digests: Any) -> Json:
-    """The canonical recipe: kind and versions, settings, ids of inputs, digests of weights and source shards."""
-    row = STAGES[stage]
-    recipe = {
-        "kind": row.kind,
-        "schema": 1,
-        "stage": {"name": stage, "version": row.version},
-        "config": config,
-        "inputs": {role: artifact.id for role, artifact in (inputs or {}).items()},
-        **digests,
-    }
-    plain: Json = json.loads(canonical(recipe))  # as it will be read back: tuples are lists
-    return plain
-
-
-# ---- one function a stage: its recipe, its inputs, and the call ----------------------------------------------------
-
-
-def shards_task(section: ShardsSection) -> Task:
-    """Converting a source to shards needs no pipeline around it."""
-    recipe = _recipe("shards", {"shards": section.recipe()}, source=source_digest(section))
-    return Task(STAGES["shards"], recipe, {}, lambda job: shards.run(section, job))
-
-
-def _encode(pipeline: Pipeline) -> Task:
-    section = pipeline.section("encode", EncodeSection)
-    source, files = pipeline.train, pipeline.encoder_files
-    # The classes, since tars that name their labels leave the numbers to them.
-    digests: Json = {"weights": files.digests, "source": source.digests, "classes": source.classes}
-    recipe = _recipe("encode", pipeline.encoding(), reading=pipeline.reading(), **digests)
-
-    def run(job: Job) -> Result:
-        from rae.stages import encode
-
-        return encode.run(section, source, files, job)
-
-    return Task(STAGES["encode"], recipe, {}, run)
-
-
-def _train_decoder(pipeline: Pipeline) -> Task:
-    section = pipeline.section("train_decoder", TrainDecoderSection)
-    encode = pipeline.section("encode", EncodeSection)
-    source, files = pipeline.train, pipeline.encoder_files
-    weights = dict(files.digests)
-    if section.perceptual_loss == "lpips":
-        backbone = locate_lpips(section.lpips_weights)
-        weights[backbone.name] = digest_file(backbone)
-    config = {"train_decoder": section.recipe(), "encoder": pipeline.encoder()}
-    recipe = _recipe("train_decoder", config, weights=weights, source=source.digests, reading=pipeline.reading())
-
-    def run(job: Job) -> Result:
-        from rae.stages import train_decoder
-
-        return train_decoder.run(section, encode, source, files, job)
-
-    return Task(STAGES["train_decoder"], recipe, {}, run)
-
-
-def _train_dit(pipeline: Pipeline) -> Task:
-    section = pipeline.section("train_dit", TrainDitSection)
-    inputs = {"latents": pipeline.latents()}
-    recipe = _recipe("train_dit", {"train_dit": section.recipe()}, inputs)
-
-    def run(job: Job) -> Result:
-        from rae.stages import train_dit
-
-        return train_dit.run(section, inputs["latents"], job)
-
-    return Task(STAGES["train_dit"], recipe, inputs, run)
-
-
-def _sample(pipeline: Pipeline) -> Task:
-    section = pipeline.section("sample", SampleSection)
-    dit = pipeline.workspace.resolve(section.dit, "dit") if section.dit else pipeline.need("train_dit")
-    inputs = {"dit": dit, "decoder": pipeline.decoder()}
-    recipe = _recipe("sample", {"sample": section.recipe()}, inputs)
-
-    def run(job: Job) -> Result:
-        from rae.stages import sample
-
-        return sample.run(section, inputs["dit"], inputs["decoder"], job)
-
-    return Task(STAGES["sample"], recipe, inputs, run)
-
-
-def _evaluate(pipeline: Pipeline) -> Task:
-    section = pipeline.section("evaluate", EvaluateSection)
-    source, held_out, files = pipeline.train, pipeline.val, pipeline.encoder_files
-    if held_out is None:
-        raise MissingInput(
-            f"`{pipeline.config.name}` holds no images out to score against",
-            pipeline.command("evaluate") + " -s shards.val_fraction=0.1",
-        )
-    inputs = {"decoder": pipeline.decoder()}
-    if pipeline.config.sample is not None:
-        inputs["samples"] = pipeline.need("sample")
-    config = {"evaluate": section.recipe(), "encoder": pipeline.encoder()}
-    extractor = {f"extractor/{name}": digest for name, digest in _extractor_files(section).digests.items()}
-    weights = {**files.digests, **extractor}
-    digests: Json = {"weights": weights, "source": source.digests, "held_out": held_out.digests}
-    recipe = _recipe("evaluate", config, inputs, classes=source.classes, reading=pipeline.reading(), **digests)
-
-    def run(job: Job) -> Result:
-        from rae.stages import evaluate
-
-        return evaluate.run(section, source, held_out, files, inputs["decoder"], inputs.get("samples"), job)
-
-    return Task(STAGES["evaluate"], recipe, inputs, run)
-
-
-def _extractor_files(section: EvaluateSection) -> EncoderFiles:
-    """The extractor's weights: those of a given file, or those that its package carries."""
-    if section.extractor == PACKAGED_ENCODER and section.extractor_weights is not None:
-        return locate_encoder(f"timm:{PACKAGED_ARCHITECTURE}", section.extractor_weights)
-    return locate_encoder(section.extractor)
-
-
-_TASKS: dict[str, Callable[[Pipeline], Task]] = {
-    "shards": lambda pipeline: shards_task(pipeline.config.shards),
-    "encode": _encode,
-    "train_decoder": _train_decoder,
-    "train_dit": _train_dit,
-    "sample": _sample,
-    "evaluate": _evaluate,
-}
+        return {key: encode[key] for key in ("feature_index", "image_size", "encoder_input_size")}

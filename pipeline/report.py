@@ -221,7 +221,7 @@ def _class_names(facts: Facts) -> list[str] | None:
 def _held_out(pipeline: Pipeline) -> Source | None:
     """The held-out images, if they still lie where they lay: a report can do without."""
     try:
-        return pipeline.val
+        return pipeline.held_out
     except (RaeError, OSError):
         return None
 

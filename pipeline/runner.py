@@ -13,10 +13,10 @@ from pathlib import Path
 
 from rae.pipeline import launch, stopping
 from rae.pipeline.console import Console
-from rae.pipeline.plan import STAGES, Pipeline, Stage, Task, shards_task
+from rae.pipeline.plan import STAGES, Pipeline, Stage, Task
 from rae.pipeline.stopping import again
+from rae.pipeline.tasks import shards_task
 from rae.stages.job import Job, Result
-from rae.stages.models.geometry import encoder_geometry, input_size_for
 from rae.stages.sections import ShardsSection
 from rae.store.artifacts import Artifact, Work, read_artifact
 from rae.store.errors import ConfigError, CorruptData, MissingInput, PartialResult, RaeError, StaleInput
@@ -86,26 +86,6 @@ def between(pipeline: Pipeline, first: str | None, last: str | None) -> list[Sta
     return pipeline.stages[bounds[0] : bounds[1] + 1]
 
 
-def preflight(pipeline: Pipeline) -> None:
-    """Refuse, before the first stage, what the last would refuse: a transformer narrower than a token."""
-    config = pipeline.config
-    if config.encode is None or config.train_dit is None or config.train_dit.latents is not None:
-        return
-    if _is_done(pipeline, "train_dit"):
-        return  # the geometry of a timm encoder takes torch to know: seconds that a finished pipeline can do without
-    files, encode = pipeline.encoder_files, config.encode
-    input_size = input_size_for(files, encode.image_size, encode.encoder_input_size)
-    token_dim, _ = encoder_geometry(files, input_size, encode.feature_index)
-    config.train_dit.check_width(token_dim)
-
-
-def _is_done(pipeline: Pipeline, name: str) -> bool:
-    try:
-        return pipeline.find(name) is not None
-    except MissingInput:
-        return False
-
-
 def convert(section: ShardsSection, out: str, options: Options) -> Outcome:
     """`rae shards SOURCE OUT`: shards in a folder of the person's choice, found again like any artifact."""
     task, folder = shards_task(section), Path(out)
@@ -131,27 +111,28 @@ def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
     workspace, console = pipeline.workspace, options.console
     try:
         task = pipeline.task(stage.name)
-        found = workspace.find(stage.kind, task.recipe)
-        if found is not None:
-            workspace.name(found, pipeline.config.name)
-            console.reused(stage.verb, found)
-            return Outcome(found, reused=True)
-        console.begins(stage.verb)
-        inputs = {role: artifact.as_input() for role, artifact in task.inputs.items()}
-        device = launch.device(options.device)
-        with launch.processes(device) as ranks:
+        with launch.processes(options.device) as processes:
+            # Rank 0 decides for all: another run may publish between two looks.
+            found = processes.broadcast(workspace.find(stage.kind, task.recipe) if processes.is_main else None)
+            if found is not None:
+                if processes.is_main:
+                    workspace.name(found, pipeline.config.name)
+                console.reused(stage.verb, found)
+                return Outcome(found, reused=True)
+            console.begins(stage.verb)
+            inputs = {role: artifact.as_input() for role, artifact in task.inputs.items()}
             begin = partial(workspace.begin, stage.kind, pipeline.config.name, task.recipe, inputs, options.restart)
-            work = ranks.broadcast(begin() if ranks.is_main else None)
+            work = processes.broadcast(begin() if processes.is_main else None)
             assert work is not None
             try:
-                manifest = _run(task, work, device, options)
+                manifest = _run(task, work, launch.device_of(options.device), options)
             except BaseException:
-                if ranks.is_main:
+                if processes.is_main:
                     workspace.abandon(work)
                 raise
-            if ranks.is_main:
+            if processes.is_main:
                 workspace.publish(work, manifest)
-            ranks.barrier()
+            processes.barrier()
         artifact = read_artifact(work.folder)
     except OSError as error:
         raise explained(error, options.command) or error from error
@@ -199,19 +180,19 @@ def _files(work: Work, result: Result) -> list[Json]:
 
     A file that a stage claims and did not write is an error.
     """
-    in_attempt = work.attempt != work.folder  # else parts, which were flushed one by one as they were published
-    entries, folders = [], set()
+    flush = work.kind != "latents"  # whose parts were flushed one by one as they were published
+    entries, folders = [], set[Path]()
     for path in sorted(result.files):
         if not path.is_file():
             raise CorruptData(f"the stage said it wrote {path}, and it is not there")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if in_attempt:
+            if flush:
                 os.fsync(file.fileno())
-        folders.add(path.parent)
-        relative = path.relative_to(work.folder).as_posix()
-        entries.append({"path": relative, "bytes": path.stat().st_size, "sha256": digest})
-    for folder in sorted(folders) if in_attempt else ():
+        relative = path.relative_to(work.folder)
+        folders.update(work.folder / parent for parent in relative.parents)
+        entries.append({"path": relative.as_posix(), "bytes": path.stat().st_size, "sha256": digest})
+    for folder in folders if flush else ():
         fsync_folder(folder)
     return entries
 

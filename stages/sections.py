@@ -136,10 +136,24 @@ class TrainDecoderSection(TrainingSection):
     lpips_weights: Location = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9978
 
+    def check_sizes(self, image_size: int, grid: tuple[int, int]) -> None:
+        """Refuse an image that is not a whole patch per token, and crops larger than what they are cut from."""
+        if grid[0] != grid[1] or image_size % grid[0]:
+            raise ConfigError(
+                f"`encode.image_size` {image_size} is not a multiple of the encoder's {grid[0]}x{grid[1]} grid of"
+                " tokens"
+            )
+        if self.resize_size is not None and self.resize_size < image_size:
+            raise ConfigError(
+                f"`train_decoder.resize_size` {self.resize_size} is less than `encode.image_size` {image_size}: crops"
+                " of that side do not fit the resized images"
+            )
+
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"`hidden_size` {self.hidden_size} is not a multiple of `num_heads` {self.num_heads}")
+        for what, divisor in (("`num_heads`", self.num_heads), ("what its positions need,", 4)):
+            if self.hidden_size % divisor:
+                raise ValueError(f"`hidden_size` {self.hidden_size} is not a multiple of {what} {divisor}")
         return self
 
 

@@ -23,7 +23,7 @@ from rae.stages.sections import EncodeSection, TrainDecoderSection
 from rae.stages.training.loop import Learner, train
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
-from rae.store.errors import ConfigError, CorruptData
+from rae.store.errors import CorruptData
 from rae.store.order import batch_rows, draw
 from rae.store.shards import Source
 
@@ -113,16 +113,8 @@ def run(section: TrainDecoderSection, encode: EncodeSection, source: Source, fil
 
 def describe_decoder(section: TrainDecoderSection, encode: EncodeSection, encoder: Encoder) -> DecoderConfig:
     """The sizes of the decoder: one patch per token, so the image must be a whole number of patches."""
-    grid, width = encoder.grid
-    if section.resize_size is not None and section.resize_size < encode.image_size:
-        raise ConfigError(
-            f"`train_decoder.resize_size` {section.resize_size} is less than `encode.image_size` {encode.image_size}:"
-            " crops of that side do not fit the resized images"
-        )
-    if grid != width or encode.image_size % grid:
-        raise ConfigError(
-            f"`encode.image_size` {encode.image_size} is not a multiple of the encoder's {grid}x{width} grid of tokens"
-        )
+    section.check_sizes(encode.image_size, encoder.grid)
+    grid = encoder.grid[0]
     return DecoderConfig(
         token_dim=encoder.token_dim,
         grid=grid,

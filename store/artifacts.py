@@ -175,7 +175,10 @@ class Workspace:
         make_folder(folder)
         started = {"name": name, "recipe": recipe, "inputs": dict(inputs)}
         if not publish_bytes(folder / "started.json", json.dumps(started, indent=1, sort_keys=True).encode()):
-            before = _read_started(folder / "started.json")["inputs"]
+            try:
+                before = _read_started(folder / "started.json")["inputs"]
+            except FileNotFoundError:  # whoever began it has just abandoned it
+                return self.begin(kind, name, recipe, inputs)
             if fields := "; ".join(differing_fields(dict(inputs), before)):
                 changed = f"an input of the unfinished {kind} `{name}` has changed since it began ({fields})"
                 _drop(folder, changed, restart)

@@ -1,0 +1,150 @@
+"""One function a stage: the recipe that its result follows from, its inputs, and the call.
+
+Nothing here loads torch before a task is run: whether work is done is a question of digests alone.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from rae.pipeline.plan import STAGES, Pipeline, Task
+from rae.stages import shards
+from rae.stages.job import Job, Result
+from rae.stages.models.weights import (
+    PACKAGED_ARCHITECTURE,
+    PACKAGED_ENCODER,
+    EncoderFiles,
+    digest_file,
+    locate_encoder,
+    locate_lpips,
+)
+from rae.stages.sections import (
+    EncodeSection,
+    EvaluateSection,
+    SampleSection,
+    ShardsSection,
+    TrainDecoderSection,
+    TrainDitSection,
+)
+from rae.store.artifacts import Artifact
+from rae.store.manifest import Json, canonical
+
+
+def _recipe(stage: str, config: Json, inputs: dict[str, Artifact] | None = None, **digests: Any) -> Json:
+    """The canonical recipe: kind and versions, settings, ids of inputs, digests of weights and source shards."""
+    row = STAGES[stage]
+    recipe = {
+        "kind": row.kind,
+        "schema": 1,
+        "stage": {"name": stage, "version": row.version},
+        "config": config,
+        "inputs": {role: artifact.id for role, artifact in (inputs or {}).items()},
+        **digests,
+    }
+    plain: Json = json.loads(canonical(recipe))  # as it will be read back: tuples are lists
+    return plain
+
+
+def shards_task(section: ShardsSection) -> Task:
+    """Converting a source to shards needs no pipeline around it."""
+    recipe = _recipe("shards", {"shards": section.recipe()}, source=shards.source_digest(section))
+    return Task(STAGES["shards"], recipe, {}, lambda job: shards.run(section, job))
+
+
+def _encode(pipeline: Pipeline) -> Task:
+    section = pipeline.section("encode", EncodeSection)
+    source, files = pipeline.train, pipeline.encoder_files
+    # The classes, since tars that name their labels leave the numbers to them.
+    digests: Json = {"weights": files.digests, "source": source.digests, "classes": source.classes}
+    recipe = _recipe("encode", pipeline.encoding(), reading=pipeline.reading(), **digests)
+
+    def run(job: Job) -> Result:
+        from rae.stages import encode
+
+        return encode.run(section, source, files, job)
+
+    return Task(STAGES["encode"], recipe, pipeline.shards, run)
+
+
+def _train_decoder(pipeline: Pipeline) -> Task:
+    section = pipeline.section("train_decoder", TrainDecoderSection)
+    encode = pipeline.section("encode", EncodeSection)
+    source, files = pipeline.train, pipeline.encoder_files
+    weights = dict(files.digests)
+    if section.perceptual_loss == "lpips":
+        backbone = locate_lpips(section.lpips_weights)
+        weights[backbone.name] = digest_file(backbone)
+    config = {"train_decoder": section.recipe(), "encoder": pipeline.encoder()}
+    recipe = _recipe("train_decoder", config, weights=weights, source=source.digests, reading=pipeline.reading())
+
+    def run(job: Job) -> Result:
+        from rae.stages import train_decoder
+
+        return train_decoder.run(section, encode, source, files, job)
+
+    return Task(STAGES["train_decoder"], recipe, pipeline.shards, run)
+
+
+def _train_dit(pipeline: Pipeline) -> Task:
+    section = pipeline.section("train_dit", TrainDitSection)
+    inputs = {"latents": pipeline.latents()}
+    recipe = _recipe("train_dit", {"train_dit": section.recipe()}, inputs)
+
+    def run(job: Job) -> Result:
+        from rae.stages import train_dit
+
+        return train_dit.run(section, inputs["latents"], job)
+
+    return Task(STAGES["train_dit"], recipe, inputs, run)
+
+
+def _sample(pipeline: Pipeline) -> Task:
+    section = pipeline.section("sample", SampleSection)
+    dit = pipeline.workspace.resolve(section.dit, "dit") if section.dit else pipeline.need("train_dit")
+    inputs = {"dit": dit, "decoder": pipeline.decoder()}
+    recipe = _recipe("sample", {"sample": section.recipe()}, inputs)
+
+    def run(job: Job) -> Result:
+        from rae.stages import sample
+
+        return sample.run(section, inputs["dit"], inputs["decoder"], job)
+
+    return Task(STAGES["sample"], recipe, inputs, run)
+
+
+def _evaluate(pipeline: Pipeline) -> Task:
+    section = pipeline.section("evaluate", EvaluateSection)
+    pipeline.require_held_out()
+    source, held_out, files = pipeline.train, pipeline.held_out, pipeline.encoder_files
+    inputs = {"decoder": pipeline.decoder()}
+    if pipeline.config.sample is not None:
+        inputs["samples"] = pipeline.need("sample")
+    config = {"evaluate": section.recipe(), "encoder": pipeline.encoder()}
+    extractor = {f"extractor/{name}": digest for name, digest in extractor_files(section).digests.items()}
+    weights = {**files.digests, **extractor}
+    digests: Json = {"weights": weights, "source": source.digests, "held_out": held_out.digests}
+    recipe = _recipe("evaluate", config, inputs, classes=source.classes, reading=pipeline.reading(), **digests)
+
+    def run(job: Job) -> Result:
+        from rae.stages import evaluate
+
+        return evaluate.run(section, source, held_out, files, inputs["decoder"], inputs.get("samples"), job)
+
+    return Task(STAGES["evaluate"], recipe, inputs | pipeline.shards, run)
+
+
+def extractor_files(section: EvaluateSection) -> EncoderFiles:
+    """The extractor's weights: those of a given file, or those that its package carries."""
+    if section.extractor == PACKAGED_ENCODER and section.extractor_weights is not None:
+        return locate_encoder(f"timm:{PACKAGED_ARCHITECTURE}", section.extractor_weights)
+    return locate_encoder(section.extractor)
+
+
+TASKS: dict[str, Callable[[Pipeline], Task]] = {
+    "shards": lambda pipeline: shards_task(pipeline.config.shards),
+    "encode": _encode,
+    "train_decoder": _train_decoder,
+    "train_dit": _train_dit,
+    "sample": _sample,
+    "evaluate": _evaluate,
+}

@@ -1,0 +1,65 @@
+"""What the last stage would refuse is refused before the first."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rae.pipeline.config import load
+from rae.pipeline.plan import Pipeline
+from rae.pipeline.preflight import preflight
+from rae.store.artifacts import Workspace
+from rae.store.errors import ConfigError, MissingInput
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Any:
+    """Runs the preflight of the quickstart with changes, on an empty workspace: nothing is made."""
+
+    def run(*overrides: str) -> None:
+        preflight(Pipeline(load("quickstart", list(overrides)), Workspace(tmp_path / "w"), ["quickstart"]))
+        assert not (tmp_path / "w").exists()
+
+    return run
+
+
+def test_the_quickstart_passes(refused: Any) -> None:
+    refused()
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "words"),
+    [
+        ("train_dit.hidden_size=[128, 64]", ConfigError, "Theorem 1"),
+        ("train_decoder.perceptual_loss=lpips", MissingInput, "vgg16-397923af.pth"),
+        ("encode.image_size=10", ConfigError, "not a multiple of the encoder's 4x4 grid"),
+        ("train_decoder.resize_size=4", ConfigError, "less than `encode.image_size` 8"),
+        ("sample.dit=elsewhere", MissingInput, "no dit `elsewhere`"),
+        ("sample.decoder=elsewhere", MissingInput, "no decoder `elsewhere`"),
+        ("train_dit.latents=elsewhere", MissingInput, "no latents `elsewhere`"),
+        ("shards.val_fraction=0", MissingInput, "holds no images out"),
+        ("evaluate.extractor_weights=nowhere.pth", MissingInput, "nowhere.pth"),
+    ],
+)
+def test_what_cannot_end_does_not_begin(
+    refused: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, override: str, error: type[Exception], words: str
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with pytest.raises(error, match=words):
+        refused(override)
+
+
+def test_guidance_and_classes_must_fit_the_training(refused: Any) -> None:
+    with pytest.raises(ConfigError, match="guidance_scale"):
+        refused("sample.guidance_scale=2", "train_dit.class_dropout_prob=0")
+    with pytest.raises(ConfigError, match="guidance_scale"):
+        refused("sample.guidance_scale=2", "train_dit.num_classes=0")
+    with pytest.raises(ConfigError, match="asks for class 10"):
+        refused("sample.classes=[10]", "train_dit.num_classes=10")
+
+
+def test_a_stage_that_is_left_out_is_not_checked(tmp_path: Path) -> None:
+    config = {"name": "only", "shards": {"train": "digits"}, "encode": {"encoder": "efficientnet-lite0"}}
+    (tmp_path / "only.yaml").write_text(yaml.safe_dump(config))
+    preflight(Pipeline(load(str(tmp_path / "only.yaml")), Workspace(tmp_path / "w"), ["only.yaml"]))
