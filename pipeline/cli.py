@@ -166,12 +166,17 @@ def inspect_command(ref: Ref, workspace: WorkspaceOption = DEFAULT_WORKSPACE, as
 
 
 @app.command("report")
-def report_command(config: Config, workspace: WorkspaceOption = DEFAULT_WORKSPACE, overrides: Set = None) -> None:
+def report_command(
+    config: Config, workspace: WorkspaceOption = DEFAULT_WORKSPACE, overrides: Set = None, as_json: AsJson = False
+) -> None:
     """Write the HTML report of what is done."""
     from rae.pipeline.report import write_report
 
-    pipeline, options = _prepare(config, workspace, overrides)
-    options.console.say(f"report: {write_report(pipeline)}")
+    pipeline, options = _prepare(config, workspace, overrides, as_json)
+    path = write_report(pipeline)
+    options.console.say(f"report: {path}")
+    if as_json:
+        options.console.print_json({"path": str(path)})
 
 
 @config_app.command("ls")

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,22 +96,29 @@ def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -
     if not ranks.is_main:
         return NOTHING
     summary = finish(job.folder, layout, parts, source.digests)
-    # The records hold the digests of the parts' files: to read a terabyte again would tell nothing new.
-    files_made = [path for path in summary.files if (job.folder / "latents" / "c") not in path.parents]
-    replace_bytes(job.folder / "encoder.json", json.dumps(describe(encoder), indent=1, sort_keys=True).encode())
     metrics: dict[str, Any] = {
         "rows": summary.rows,
         "invalid_rows": summary.invalid_rows,
         "views": views,
         "shape": [encoder.token_dim, height, width],
+        "classes": source.num_classes,
         "bytes": summary.bytes,
-        "seconds_encoding": round(time.monotonic() - began, 2),
     }
-    if source.classes is not None:
-        metrics["classes"] = list(source.classes)
     if summary.reasons:
         metrics["invalid_reasons"] = dict(summary.reasons)
-    return Result(summary.content, metrics, (*files_made, job.folder / "encoder.json"))
+    # The records hold the digests of the parts' files: to read a terabyte again would tell nothing new.
+    files_made = [path for path in summary.files if (job.folder / "latents" / "c") not in path.parents]
+    return Result(summary.content, metrics, (*files_made, *_describe(job.folder, encoder, source)))
+
+
+def _describe(folder: Path, encoder: Encoder, source: Source) -> list[Path]:
+    """Put beside the latents what their users ask for: the encoder's description, and class names if there are any."""
+    texts: dict[str, Any] = {"encoder.json": describe(encoder)}
+    if source.classes is not None:
+        texts["classes.json"] = source.classes
+    for name, value in texts.items():
+        replace_bytes(folder / name, json.dumps(value, indent=1, sort_keys=True).encode())
+    return [folder / name for name in texts]
 
 
 def _decoded_batches(

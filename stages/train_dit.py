@@ -17,6 +17,7 @@ from rae.stages.training.loop import Learner, train
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
 from rae.store.artifacts import Artifact
+from rae.store.classes import read_classes
 from rae.store.errors import ConfigError, StaleInput
 from rae.store.latents import LatentStore
 from rae.store.order import batch_rows
@@ -42,7 +43,7 @@ def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
         config=config,
         transport=describe_transport(section, store.shape),
         encoder=read_encoder(latents.payload),
-        classes=tuple(latents.manifest.metrics.get("classes", ()))[:num_classes] or None,
+        classes=(read_classes(latents.payload / "classes.json") or ())[:num_classes] or None,
     )
     ranks = Ranks.from_environment()
     device = ranks.device(job.device)

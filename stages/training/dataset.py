@@ -11,7 +11,7 @@ from rae.store.latents import LatentStore
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
-    """Map-style: item `row` is {"latent": float32 [C, H, W], "label": int, "row": int}.
+    """Map-style: item `row` is {"latent": float32 [C, H, W], "label": int, "key": str, "row": int}.
 
     The view (identity or flip) is drawn from (seed, epoch, row), so workers and batch size do not change it.
     """
@@ -38,6 +38,6 @@ class LatentDataset(Dataset[dict[str, Any]]):
         latents = torch.from_numpy(self.latents.stats.whiten(self.latents.rows(chosen, views)))
         labels = self.latents.labels[chosen]
         return [
-            {"latent": latent, "label": int(label), "row": int(row)}
+            {"latent": latent, "label": int(label), "key": self.latents.keys[row], "row": int(row)}
             for latent, label, row in zip(latents, labels, chosen, strict=True)
         ]
