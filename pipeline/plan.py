@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from rae.pipeline.config import PipelineConfig
 from rae.stages.job import Job, Result
+from rae.stages.models.geometry import encoder_geometry, input_size_for
 from rae.stages.models.weights import EncoderFiles, locate_encoder
 from rae.stages.sections import EncodeSection, Section, TrainDitSection
 from rae.stages.shards import in_place
@@ -168,6 +169,12 @@ class Pipeline:
     def encoder_files(self) -> EncoderFiles:
         encode = self.section("encode", EncodeSection)
         return locate_encoder(encode.encoder, encode.weights, encode.allow_download)
+
+    def geometry(self) -> tuple[int, tuple[int, int]]:
+        """Token width and grid (rows, columns) of the encoder that is asked for; no weights are loaded for it."""
+        encode = self.section("encode", EncodeSection)
+        input_size = input_size_for(self.encoder_files, encode.image_size, encode.encoder_input_size)
+        return encoder_geometry(self.encoder_files, input_size, encode.feature_index)
 
     def latents(self) -> Artifact:
         """What the transformer trains on: latents named by a REF, checked against `encode`, or this pipeline's own."""

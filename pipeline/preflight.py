@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from rae.pipeline.plan import Pipeline
 from rae.pipeline.tasks import extractor_files
-from rae.stages.models.geometry import encoder_geometry, input_size_for
 from rae.stages.models.weights import locate_lpips
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, TrainDecoderSection, TrainDitSection
 from rae.store.errors import ConfigError, MissingInput
@@ -28,16 +27,9 @@ def _is_done(pipeline: Pipeline, name: str) -> bool:
         return False
 
 
-def _geometry(pipeline: Pipeline) -> tuple[int, tuple[int, int]]:
-    """Token width and grid (rows, columns) of the encoder that the configuration asks for."""
-    encode = pipeline.section("encode", EncodeSection)
-    input_size = input_size_for(pipeline.encoder_files, encode.image_size, encode.encoder_input_size)
-    return encoder_geometry(pipeline.encoder_files, input_size, encode.feature_index)
-
-
 def _train_decoder(pipeline: Pipeline) -> None:
     section = pipeline.section("train_decoder", TrainDecoderSection)
-    section.check_sizes(pipeline.section("encode", EncodeSection).image_size, _geometry(pipeline)[1])
+    section.check_sizes(pipeline.section("encode", EncodeSection).image_size, pipeline.geometry()[1])
     if section.perceptual_loss == "lpips":
         locate_lpips(section.lpips_weights)
 
@@ -47,7 +39,7 @@ def _train_dit(pipeline: Pipeline) -> None:
     if section.latents is not None:
         pipeline.workspace.resolve(section.latents, "latents")
     elif pipeline.config.encode is not None:
-        section.check_width(_geometry(pipeline)[0])
+        section.check_width(pipeline.geometry()[0])
 
 
 def _sample(pipeline: Pipeline) -> None:

@@ -1,11 +1,13 @@
 """`rae status`, `rae inspect` and the plan: what is there, what is unfinished, what would run and why."""
 
 import shutil
-from pathlib import Path
+
+import numpy as np
 
 from rae.pipeline.console import Console, duration, size
 from rae.pipeline.plan import STAGES, Pipeline
 from rae.pipeline.runner import payload_bytes
+from rae.stages.sections import EncodeSection
 from rae.store.artifacts import Artifact, Unfinished, Workspace
 from rae.store.errors import MissingInput, RaeError
 from rae.store.manifest import Json
@@ -126,12 +128,19 @@ def plan_row(pipeline: Pipeline, name: str) -> Json:
     begun = [one for one in pipeline.workspace.unfinished() if one.kind == stage.kind and one.recipe == task.recipe]
     if begun:
         return row | {"state": "continue", "why": f"{stage.kind}/{begun[0].id} is unfinished"}
-    why = "nothing of this recipe in the workspace"
-    return row | {"state": "run", "why": f"{why}; {_free(pipeline.workspace.root)} free there"}
+    row |= {"state": "run", "why": "nothing of this recipe in the workspace"}
+    return row | _price(pipeline) if name == "encode" else row
 
 
-def _free(root: Path) -> str:
-    folder = root
-    while not folder.exists():
-        folder = folder.parent
-    return size(shutil.disk_usage(folder).free)
+def _price(pipeline: Pipeline) -> Json:
+    """What the latents will take, said before anything is encoded, and whether the disk has room for them."""
+    encode = pipeline.section("encode", EncodeSection)
+    channels, (height, width) = pipeline.geometry()
+    views, rows = 1 + encode.horizontal_flip, len(pipeline.train)
+    needed = rows * views * channels * height * width * np.dtype(encode.dtype).itemsize
+    root = pipeline.workspace.root.absolute()
+    folder = next(parent for parent in (root, *root.parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    shape = f"{rows} images x {views} view(s) x {channels} x {height} x {width} {encode.dtype}"
+    verdict = "free there" if needed < free else "free there: not enough"
+    return {"rows": rows, "bytes": needed, "why": f"{shape}: {size(needed)} to write, {size(free)} {verdict}"}

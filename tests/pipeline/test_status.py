@@ -1,0 +1,52 @@
+"""The plan says what a stage would do, why, and what it takes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rae.pipeline import config as configuration
+from rae.pipeline import status
+from rae.pipeline.plan import STAGES, Pipeline
+from rae.store.artifacts import Workspace
+
+
+@pytest.fixture
+def rows(finished: Any, tmp_path: Path) -> Any:
+    """`rows("train_dit.lr=1")`: the plan of the finished pipeline under other settings, or in an empty workspace."""
+
+    def plan(*overrides: str, empty: bool = False) -> dict[str, dict[str, Any]]:
+        workspace = Workspace(tmp_path / "empty" if empty else finished.workspace)
+        pipeline = Pipeline(configuration.load(str(finished.config), overrides), workspace, ["tiny.yaml"])
+        return {name: status.plan_row(pipeline, name) for name in STAGES}
+
+    return plan
+
+
+def test_a_finished_pipeline_has_nothing_to_run(rows: Any) -> None:
+    assert {row["state"] for row in rows().values()} == {"done"}
+
+
+def test_a_changed_setting_runs_its_stage_and_what_follows_waits(rows: Any) -> None:
+    states = {name: row["state"] for name, row in rows("train_dit.lr=0.5").items()}
+    assert states == {
+        "shards": "done",
+        "encode": "done",
+        "train_decoder": "done",
+        "train_dit": "run",
+        "sample": "wait",
+        "evaluate": "wait",
+    }
+
+
+def test_the_price_of_latents_is_told_before_they_are_encoded(rows: Any) -> None:
+    row = rows("encode.dtype=float32")["encode"]
+    assert row["state"] == "run"
+    assert row["bytes"] == row["rows"] * 112 * 4 * 4 * 4
+    assert f"{row['rows']} images x 1 view(s) x 112 x 4 x 4 float32" in row["why"]
+    assert rows("encode.horizontal_flip=true")["encode"]["bytes"] == row["bytes"]  # two views of half the size
+
+
+def test_in_an_empty_workspace_only_the_first_stage_can_run(rows: Any) -> None:
+    states = [row["state"] for row in rows(empty=True).values()]
+    assert states == ["run", "wait", "wait", "wait", "wait", "wait"]
