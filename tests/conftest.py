@@ -256,6 +256,8 @@ class Warm:
     def start(self, words: list[str]) -> Running:
         self._count += 1
         files = self._folder / f"{self._count}.out", self._folder / f"{self._count}.err"
+        for path in files:
+            path.touch()  # a process may be killed before it opens them
         return Running(self, self.ask(words=words, output=str(files[0]), errors=str(files[1]))["pid"], files)
 
     def close(self) -> None:
