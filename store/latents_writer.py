@@ -6,13 +6,12 @@ lock is needed, and a process that dies leaves nothing but temporary files.
 """
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, BinaryIO, Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +42,7 @@ class PartWriter:
         self._stats = RunningStats(layout.latent_shape)
         self._checksums: list[list[int] | None] = []
         self._index: dict[str, list[Any]] = {column: [] for column in COLUMNS}
+        self._file: BinaryIO | None = None
         with self._naming_a_full_disk():
             make_folder(self._temporary.parent)
             make_folder(self._target.parent)
@@ -89,9 +89,6 @@ class PartWriter:
         try:
             with self._naming_a_full_disk():
                 sha256 = self._shard.finish()
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
                 if not self._recorded():
                     self._publish_files(sha256)
                 return PartRecord.load(self._folder, self._layout, self._part)
@@ -101,7 +98,8 @@ class PartWriter:
     def abort(self) -> None:
         """Drop what was written."""
         with suppress(OSError):  # closing flushes, and the disk may be full
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def _recorded(self) -> bool:

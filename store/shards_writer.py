@@ -83,16 +83,19 @@ class ShardWriter:
 def write_index(path: Path, classes: Sequence[str] | None, indexes: dict[str, TarIndex]) -> None:
     """Write an index.json, whole or not at all; a line a tar, so that people and diff can read it."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        names = json.dumps(list(classes) if classes is not None else None, ensure_ascii=False)
-        file.write(f'{{"schema":{SCHEMA},"classes":{names},"shards":[')
-        for place, (name, index) in enumerate(sorted(indexes.items())):
-            line: dict[str, Any] = index.to_json(name)
-            file.write((",\n" if place else "\n") + json.dumps(line, ensure_ascii=False, separators=(",", ":")))
-        file.write("\n]}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            names = json.dumps(list(classes) if classes is not None else None, ensure_ascii=False)
+            file.write(f'{{"schema":{SCHEMA},"classes":{names},"shards":[')
+            for place, (name, index) in enumerate(sorted(indexes.items())):
+                line: dict[str, Any] = index.to_json(name)
+                file.write((",\n" if place else "\n") + json.dumps(line, ensure_ascii=False, separators=(",", ":")))
+            file.write("\n]}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class _TarFile:

@@ -8,6 +8,7 @@ where a latent's size is a multiple of 4096 bytes, each lies on a page boundary.
 
 import hashlib
 import mmap
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,9 +64,12 @@ class ShardWriter:
         self._write(values)
 
     def finish(self) -> str:
-        """Write the index behind the chunks; returns the sha256 of the whole file."""
+        """Write the index behind the chunks, flush to the disk and close; returns the sha256 of the whole file."""
         footer = np.frombuffer(self._index.tobytes() + crc32c(self._index).to_bytes(_CRC_BYTES, "little"), np.uint8)
         self._write(footer)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
         return self._sha256.hexdigest()
 
     def _write(self, values: npt.NDArray[Any]) -> None:

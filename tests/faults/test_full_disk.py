@@ -25,18 +25,7 @@ NEEDS = {
 MAKES = dict(zip(NEEDS, ("shards", "latents", "decoder", "dit", "samples", "scores"), strict=True))
 
 
-# Faults of the store that this test has found; the marks go with them.
-KNOWN = {
-    "shards": "store/shards_writer.py: write_index leaves index.json.partial behind when the disk is full",
-    "encode": "store/latents_writer.py: PartWriter.abort fails when the disk is full before the part's file is open",
-}
-
-
-def case(verb: str) -> object:
-    return pytest.param(verb, marks=pytest.mark.xfail(reason=KNOWN[verb])) if verb in KNOWN else verb
-
-
-@pytest.mark.parametrize("verb", [case(verb) for verb in NEEDS])
+@pytest.mark.parametrize("verb", NEEDS)
 def test_work_goes_on_after_a_full_disk(verb: str, finished: Rae, rae_with: Callable[..., Rae], disk: FullDisk) -> None:
     rae = rae_with(*NEEDS[verb])
     disk.flushes = 0
