@@ -24,8 +24,8 @@ def _workspace(workspace: str | None) -> Workspace:
 def open_latents(ref: str, workspace: str | None = None, raw: bool = False) -> "LatentStore":
     """Open latents by name, id or path.
 
-    `latents[17]` is {"latent": (C, H, W) float32, "label": int, "key": str}: whitened, (z - mean) / sqrt(var + 1e-5),
-    unless `raw`. Raises `MissingInput` if there are none, `CorruptData` if they can't be read.
+    `latents[17]` is {"latent": (C, H, W), "label": int, "key": str}: whitened, (z - mean) / sqrt(var + 1e-5), float32;
+    with `raw` as the encoder gave it, in the stored dtype. Raises `MissingInput` if there are none, `CorruptData` if they can't be read.
     """
     from rae.store.latents import LatentStore
 
