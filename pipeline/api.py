@@ -25,7 +25,9 @@ def open_latents(ref: str, workspace: str | None = None, raw: bool = False) -> "
     """Open latents by name, id or path.
 
     `latents[17]` is {"latent": (C, H, W), "label": int, "key": str}: whitened, (z - mean) / sqrt(var + 1e-5), float32;
-    with `raw` as the encoder gave it, in the stored dtype. Raises `MissingInput` if there are none, `CorruptData` if they can't be read.
+    with `raw` as the encoder gave it, in the stored dtype.
+
+    Raises `MissingInput` if there are none, `CorruptData` if they can't be read.
     """
     from rae.store.latents import LatentStore
 
