@@ -30,7 +30,16 @@ def test_it_uses_plain_instructions_alone() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_it_installs_as_the_makefile_does() -> None:
-    command = ["make", "-n", "-B", ".venv/installed", "PYTHON=python3.11", f"TORCH_INDEX={INDEX}"]
+    # Quiet about folders, which it names when a `make test` around this test runs it.
+    command = [
+        "make",
+        "--no-print-directory",
+        "-n",
+        "-B",
+        ".venv/installed",
+        "PYTHON=python3.11",
+        f"TORCH_INDEX={INDEX}",
+    ]
     asked = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60, cwd=ROOT).stdout
     steps = [step for step in asked.splitlines() if not step.startswith("touch ")]
     # An image needs no editable install and no quickstart, and keeps no cache.

@@ -43,7 +43,7 @@ def test_every_module_stands_in_the_tree() -> None:
 def test_every_command_exists() -> None:
     verbs = set(re.findall(r"^rae ([a-z-]+)", README, re.MULTILINE))
     verbs |= set(re.findall(r"`rae ([a-z-]+)", README))
-    assert {"shards", "encode", "run", "inspect"} <= verbs
+    assert {"shards", "plan", "run", "inspect"} <= verbs
     assert verbs <= set(get_command(app).commands)  # type: ignore[attr-defined]
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE):
