@@ -54,7 +54,8 @@ class Outcome:
 
 def run_stages(pipeline: Pipeline, stages: list[Stage], options: Options) -> list[Outcome]:
     """Run what is missing of `stages`, in order."""
-    return [run_stage(pipeline, stage, options) for stage in stages]
+    with launch.processes(options.device):  # one group for all stages: torchrun's store connects ranks once
+        return [run_stage(pipeline, stage, options) for stage in stages]
 
 
 def run_verb(pipeline: Pipeline, name: str, options: Options) -> Outcome:
@@ -66,9 +67,7 @@ def run_verb(pipeline: Pipeline, name: str, options: Options) -> Outcome:
     before = [one for one in pipeline.stages if one.implied and order.index(one.name) < order.index(name)]
     # Of the preparation, samples are drawn for their scores alone.
     before = [one for one in before if one.name == "shards" or name == "evaluate"]
-    for one in before:
-        run_stage(pipeline, one, options)
-    return run_stage(pipeline, stage, options)
+    return run_stages(pipeline, [*before, stage], options)[-1]
 
 
 def between(pipeline: Pipeline, first: str | None, last: str | None) -> list[Stage]:

@@ -52,8 +52,8 @@ class Ranks:
 
     @contextmanager
     def process_group(self, device: torch.device) -> Iterator[None]:
-        """Connect the ranks: gloo for tensors on the CPU, nccl for those on CUDA. Nothing to do alone."""
-        if self.world_size == 1:
+        """Connect the ranks: gloo for tensors on the CPU, nccl on CUDA. Alone, or connected already, nothing to do."""
+        if self.world_size == 1 or distributed.is_initialized():
             yield
             return
         if device.type == "cuda":
@@ -109,5 +109,4 @@ def wrap(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        broadcast_buffers=False,  # they are constants
     )

@@ -1,0 +1,34 @@
+"""Several processes make what one makes: the same latents to the bit, the same training but for rounding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Rae
+
+
+def manifests(workspace: Path) -> dict[str, dict[str, Any]]:
+    """The manifest of each kind."""
+    found = [json.loads(path.read_bytes()) for path in workspace.glob("objects/*/*/manifest.json")]
+    return {manifest["kind"]: manifest for manifest in found}
+
+
+def test_two_processes_run_the_whole_pipeline(finished: Rae, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "rae.pipeline.cli", "run", str(finished.config), "-w", str(tmp_path / "w"), "--to", "sample"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = manifests(finished.workspace), manifests(tmp_path / "w")
+    assert set(two) == {"shards", "latents", "decoder", "dit", "samples"}
+    for kind, manifest in two.items():
+        assert manifest["id"] == one[kind]["id"], kind
+    assert two["latents"]["content"] == one["latents"]["content"]
+    for kind in ("decoder", "dit"):
+        assert two[kind]["metrics"]["loss"] == pytest.approx(one[kind]["metrics"]["loss"], rel=1e-4)
+    assert two["samples"]["metrics"]["images"] == one["samples"]["metrics"]["images"]
