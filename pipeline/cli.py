@@ -3,6 +3,7 @@
 Nothing heavy is imported here: `rae --help` costs what a bare typer program costs.
 """
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -278,4 +279,11 @@ def _fail(error: "RaeError") -> NoReturn:
 
 
 if __name__ == "__main__":  # torchrun -m rae.pipeline.cli
-    main()
+    try:
+        main()
+        code = 0
+    except SystemExit as done:
+        code = int(done.code or 0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads can abort an interpreter that shuts down around them, after all is done

@@ -62,6 +62,7 @@ class Ranks:
         distributed.init_process_group(backend, rank=self.rank, world_size=self.world_size, timeout=_PATIENCE)
         try:
             yield
+            self.barrier()  # leave together: a rank that goes while another still speaks to it may abort
         finally:
             distributed.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """Run by test_ranks.py, alone or by torchrun: one training among any number of processes. Writes below argv[1]."""
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,3 +117,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with RANKS.process_group(CPU):
         main(Path(sys.argv[1]))
+    os._exit(0)  # gloo's threads can abort an interpreter that shuts down around them, after all is done
