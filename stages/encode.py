@@ -83,7 +83,7 @@ def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -
             with PartWriter(job.folder, layout, part) as writer:
                 for batch in batches:
                     latents = _encode_batch(encoder, batch, section)
-                    for sample, latent in zip(batch, latents, strict=False):
+                    for sample, latent in zip(batch, latents, strict=True):
                         _write(writer, sample.row - first, sample, latent, source)
                     encoded += len(batch)
                     report(encoded)
