@@ -9,6 +9,20 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from rae.pipeline.arguments import (
+    DEFAULT_WORKSPACE,
+    AsJson,
+    Config,
+    Device,
+    DryRun,
+    Quiet,
+    Ref,
+    Restart,
+    Set,
+    WorkspaceOption,
+    options_for,
+)
+
 if TYPE_CHECKING:
     from rae.pipeline.plan import Pipeline
     from rae.pipeline.runner import Options, Outcome
@@ -24,21 +38,6 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="List, show or check configurations.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
-
-Config = Annotated[str, typer.Argument(help="A preset's name (see `rae config ls`) or a YAML file.")]
-Ref = Annotated[str, typer.Argument(help="KIND/NAME, KIND/ID, a path, or a bare name if it is unique.")]
-WorkspaceOption = Annotated[
-    str, typer.Option("--workspace", "-w", envvar="RAE_WORKSPACE", help="The folder that artifacts live in.")
-]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting: train_dit.lr=1e-3.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, everything else on stderr.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; run nothing.")]
-Restart = Annotated[bool, typer.Option("--restart", help="Drop unfinished work of this name with other settings.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto.")]
-DEFAULT_WORKSPACE = "rae-workspace"
 
 
 @app.command("run")
@@ -128,7 +127,7 @@ def shards_command(
     if overrides:
         raise ConfigError("`-s` changes a configuration, and `rae shards SOURCE OUT` reads none: leave out OUT")
     section = configuration.validated(ShardsSection, {"train": source, **choice}, "rae shards")
-    options = _options(as_json, quiet)
+    options = options_for(as_json, quiet)
     _show_outcome(runner.convert(section, out, options), options)
 
 
@@ -154,7 +153,7 @@ def status_command(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: AsJs
     from rae.pipeline.status import show_status
     from rae.store.artifacts import Workspace
 
-    show_status(Workspace(workspace), _options(as_json).console)
+    show_status(Workspace(workspace), options_for(as_json).console)
 
 
 @app.command("inspect")
@@ -163,7 +162,7 @@ def inspect_command(ref: Ref, workspace: WorkspaceOption = DEFAULT_WORKSPACE, as
     from rae.pipeline.status import show_artifact
     from rae.store.artifacts import Workspace
 
-    show_artifact(Workspace(workspace), ref, _options(as_json).console)
+    show_artifact(Workspace(workspace), ref, options_for(as_json).console)
 
 
 @app.command("report")
@@ -185,7 +184,7 @@ def config_ls(as_json: AsJson = False) -> None:
     """List the presets."""
     from rae.pipeline import config as configuration
 
-    console = _options(as_json).console
+    console = options_for(as_json).console
     described = {name: configuration.load(name).description for name in configuration.presets()}
     if as_json:
         console.print_json(described)
@@ -209,16 +208,6 @@ def config_validate(config: Config, overrides: Set = None) -> None:
     print(f"{configuration.load(config, overrides).name}: valid")
 
 
-def _options(as_json: bool = False, quiet: bool = False, restart: bool = False, device: str = "auto") -> "Options":
-    from rae.pipeline.console import Console, log_to
-    from rae.pipeline.launch import is_main
-    from rae.pipeline.runner import Options
-
-    quiet = quiet or not is_main()
-    log_to("stderr", quiet)
-    return Options(restart=restart, device=device, console=Console(quiet, as_json))
-
-
 def _prepare(
     config: str,
     workspace: str,
@@ -233,7 +222,7 @@ def _prepare(
     from rae.store.artifacts import Workspace
 
     settings = configuration.load(config, overrides)
-    options = _options(as_json, quiet, restart, device)
+    options = options_for(as_json, quiet, restart, device)
     return Pipeline(settings, Workspace(workspace), configuration.words(config, overrides)), options
 
 

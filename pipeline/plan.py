@@ -10,6 +10,7 @@
 Nothing here loads torch: whether work is done is a question of digests alone.
 """
 
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from rae.stages.shards import in_place
 from rae.stages.sources import Split
 from rae.store.artifacts import Artifact, Workspace
 from rae.store.errors import ConfigError, MissingInput, StaleInput
-from rae.store.manifest import Json, differing_fields
+from rae.store.manifest import Json, canonical, differing_fields
 from rae.store.shards import Source, open_source
 
 S = TypeVar("S", bound=Section)
@@ -43,6 +44,19 @@ class Stage:
     @property
     def verb(self) -> str:
         return self.name.replace("_", "-")
+
+    def recipe(self, config: Json, inputs: dict[str, Artifact] | None = None, **digests: Any) -> Json:
+        """The canonical recipe: kind and versions, settings, ids of inputs, digests of weights and source shards."""
+        recipe = {
+            "kind": self.kind,
+            "schema": 1,
+            "stage": {"name": self.name, "version": self.version},
+            "config": config,
+            "inputs": {role: artifact.id for role, artifact in (inputs or {}).items()},
+            **digests,
+        }
+        plain: Json = json.loads(canonical(recipe))  # as it will be read back: tuples are lists
+        return plain
 
 
 STAGES = {

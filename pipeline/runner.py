@@ -18,7 +18,7 @@ from rae.pipeline.stopping import again
 from rae.pipeline.tasks import shards_task
 from rae.stages.job import Job, Result
 from rae.stages.sections import ShardsSection
-from rae.store.artifacts import Artifact, Work, read_artifact
+from rae.store.artifacts import Artifact, Work, Workspace, read_artifact
 from rae.store.errors import ConfigError, CorruptData, MissingInput, PartialResult, RaeError, StaleInput
 from rae.store.manifest import Json, Manifest, canonical, differing_fields
 from rae.store.publish import fsync_folder, publish_bytes
@@ -107,36 +107,40 @@ def convert(section: ShardsSection, out: str, options: Options) -> Outcome:
 
 def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
     """Find the stage's artifact or make it."""
-    workspace, console = pipeline.workspace, options.console
     try:
-        task = pipeline.task(stage.name)
-        with launch.processes(options.device) as processes:
-            # Rank 0 decides for all: another run may publish between two looks.
-            found = processes.broadcast(workspace.find(stage.kind, task.recipe) if processes.is_main else None)
-            if found is not None:
-                if processes.is_main:
-                    workspace.name(found, pipeline.config.name)
-                console.reused(stage.verb, found)
-                return Outcome(found, reused=True)
-            console.begins(stage.verb)
-            inputs = {role: artifact.as_input() for role, artifact in task.inputs.items()}
-            begin = partial(workspace.begin, stage.kind, pipeline.config.name, task.recipe, inputs, options.restart)
-            work = processes.broadcast(begin() if processes.is_main else None)
-            assert work is not None
-            try:
-                manifest = _run(task, work, launch.device_of(options.device), options)
-            except BaseException:
-                if processes.is_main:
-                    workspace.abandon(work)
-                raise
-            if processes.is_main:
-                workspace.publish(work, manifest)
-            processes.barrier()
-        artifact = read_artifact(work.folder)
+        return make(pipeline.workspace, pipeline.config.name, pipeline.task(stage.name), options)
     except OSError as error:
         raise explained(error, options.command) or error from error
     except PartialResult as error:
         raise type(error)(error.message, options.command) from error
+
+
+def make(workspace: Workspace, name: str, task: Task, options: Options) -> Outcome:
+    """Find the artifact of a task's recipe, or run the task and publish what it made; `name` then points to it."""
+    stage, console = task.stage, options.console
+    with launch.processes(options.device) as processes:
+        # Rank 0 decides for all: another run may publish between two looks.
+        found = processes.broadcast(workspace.find(stage.kind, task.recipe) if processes.is_main else None)
+        if found is not None:
+            if processes.is_main:
+                workspace.name(found, name)
+            console.reused(stage.verb, found)
+            return Outcome(found, reused=True)
+        console.begins(stage.verb)
+        inputs = {role: artifact.as_input() for role, artifact in task.inputs.items()}
+        begin = partial(workspace.begin, stage.kind, name, task.recipe, inputs, options.restart)
+        work = processes.broadcast(begin() if processes.is_main else None)
+        assert work is not None
+        try:
+            manifest = _run(task, work, launch.device_of(options.device), options)
+        except BaseException:
+            if processes.is_main:
+                workspace.abandon(work)
+            raise
+        if processes.is_main:
+            workspace.publish(work, manifest)
+        processes.barrier()
+    artifact = read_artifact(work.folder)
     console.done(stage.verb, artifact)
     return Outcome(artifact, reused=False)
 

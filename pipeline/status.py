@@ -55,6 +55,9 @@ def _summary(artifact: Artifact) -> Json:
 
 
 def _continue(one: Unfinished) -> str:
+    match one.recipe.get("stage"):
+        case {"name": str(words)} if words.startswith("import "):
+            return f"rae {words}, with the same arguments and --name {one.name}"
     verb = next(stage.verb for stage in STAGES.values() if stage.kind == one.kind)
     return f"rae {verb} CONFIG, with the configuration `{one.name}`"
 

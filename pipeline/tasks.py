@@ -3,7 +3,6 @@
 Nothing here loads torch before a task is run: whether work is done is a question of digests alone.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -27,22 +26,11 @@ from rae.stages.sections import (
     TrainDitSection,
 )
 from rae.store.artifacts import Artifact
-from rae.store.manifest import Json, canonical
+from rae.store.manifest import Json
 
 
 def _recipe(stage: str, config: Json, inputs: dict[str, Artifact] | None = None, **digests: Any) -> Json:
-    """The canonical recipe: kind and versions, settings, ids of inputs, digests of weights and source shards."""
-    row = STAGES[stage]
-    recipe = {
-        "kind": row.kind,
-        "schema": 1,
-        "stage": {"name": stage, "version": row.version},
-        "config": config,
-        "inputs": {role: artifact.id for role, artifact in (inputs or {}).items()},
-        **digests,
-    }
-    plain: Json = json.loads(canonical(recipe))  # as it will be read back: tuples are lists
-    return plain
+    return STAGES[stage].recipe(config, inputs, **digests)
 
 
 def shards_task(section: ShardsSection) -> Task:

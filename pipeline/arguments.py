@@ -1,0 +1,34 @@
+"""The arguments and options that several commands share, and what they mean together. Light: typer alone."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rae.pipeline.runner import Options
+
+Config = Annotated[str, typer.Argument(help="A preset's name (see `rae config ls`) or a YAML file.")]
+Ref = Annotated[str, typer.Argument(help="KIND/NAME, KIND/ID, a path, or a bare name if it is unique.")]
+WorkspaceOption = Annotated[
+    str, typer.Option("--workspace", "-w", envvar="RAE_WORKSPACE", help="The folder that artifacts live in.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting: train_dit.lr=1e-3.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, everything else on stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; run nothing.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Drop unfinished work of this name with other settings.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto.")]
+DEFAULT_WORKSPACE = "rae-workspace"
+
+
+def options_for(as_json: bool = False, quiet: bool = False, restart: bool = False, device: str = "auto") -> "Options":
+    """What the options mean for whatever is run; also sends the log where it belongs."""
+    from rae.pipeline.console import Console, log_to
+    from rae.pipeline.launch import is_main
+    from rae.pipeline.runner import Options
+
+    quiet = quiet or not is_main()
+    log_to("stderr", quiet)
+    return Options(restart=restart, device=device, console=Console(quiet, as_json))
