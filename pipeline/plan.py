@@ -213,7 +213,7 @@ class Pipeline:
 
     def encoding(self) -> Json:
         """The settings that latents follow from."""
-        return {"encode": self.section("encode", EncodeSection).recipe()}
+        return {"encode": self.section("encode", EncodeSection).in_recipe()}
 
     def encoder(self) -> Json:
         """The settings that fix the encoder itself, whatever is stored of its output."""

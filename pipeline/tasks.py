@@ -35,7 +35,7 @@ def _recipe(stage: str, config: Json, inputs: dict[str, Artifact] | None = None,
 
 def shards_task(section: ShardsSection) -> Task:
     """Converting a source to shards needs no pipeline around it."""
-    recipe = _recipe("shards", {"shards": section.recipe()}, source=shards.source_digest(section))
+    recipe = _recipe("shards", {"shards": section.in_recipe()}, source=shards.source_digest(section))
     return Task(STAGES["shards"], recipe, {}, lambda job: shards.run(section, job))
 
 
@@ -62,7 +62,7 @@ def _train_decoder(pipeline: Pipeline) -> Task:
     if section.perceptual_loss == "lpips":
         backbone = locate_lpips(section.lpips_weights)
         weights[backbone.name] = digest_file(backbone)
-    config = {"train_decoder": section.recipe(), "encoder": pipeline.encoder()}
+    config = {"train_decoder": section.in_recipe(), "encoder": pipeline.encoder()}
     recipe = _recipe("train_decoder", config, weights=weights, source=source.digests, reading=pipeline.reading())
 
     def run(job: Job) -> Result:
@@ -76,7 +76,7 @@ def _train_decoder(pipeline: Pipeline) -> Task:
 def _train_dit(pipeline: Pipeline) -> Task:
     section = pipeline.section("train_dit", TrainDitSection)
     inputs = {"latents": pipeline.latents()}
-    recipe = _recipe("train_dit", {"train_dit": section.recipe()}, inputs)
+    recipe = _recipe("train_dit", {"train_dit": section.in_recipe()}, inputs)
 
     def run(job: Job) -> Result:
         from rae.stages import train_dit
@@ -90,7 +90,7 @@ def _sample(pipeline: Pipeline) -> Task:
     section = pipeline.section("sample", SampleSection)
     dit = pipeline.workspace.resolve(section.dit, "dit") if section.dit else pipeline.need("train_dit")
     inputs = {"dit": dit, "decoder": pipeline.decoder()}
-    recipe = _recipe("sample", {"sample": section.recipe()}, inputs)
+    recipe = _recipe("sample", {"sample": section.in_recipe()}, inputs)
 
     def run(job: Job) -> Result:
         from rae.stages import sample
@@ -107,7 +107,7 @@ def _evaluate(pipeline: Pipeline) -> Task:
     inputs = {"decoder": pipeline.decoder()}
     if pipeline.config.sample is not None:
         inputs["samples"] = pipeline.need("sample")
-    config = {"evaluate": section.recipe(), "encoder": pipeline.encoder()}
+    config = {"evaluate": section.in_recipe(), "encoder": pipeline.encoder()}
     extractor = {f"extractor/{name}": digest for name, digest in extractor_files(section).digests.items()}
     weights = {**files.digests, **extractor}
     digests: Json = {"weights": weights, "source": source.digests, "held_out": held_out.digests}

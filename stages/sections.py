@@ -20,7 +20,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def recipe(self) -> dict[str, Any]:
+    def in_recipe(self) -> dict[str, Any]:
         """The settings that determine the result, JSON-ready and typed."""
         runtime = {
             name

@@ -7,7 +7,8 @@ same number of threads and ranks: everything a step changes is in the checkpoint
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -23,7 +24,7 @@ from rae.stages.training.ema import EMA
 from rae.stages.training.metrics_log import Meter, MetricsLog
 from rae.stages.training.optimizer import (
     build_optimizer,
-    clip_gradients,
+    descend,
     learning_rate,
     load_optimizer,
     optimizer_tensors,
@@ -47,48 +48,36 @@ B = TypeVar("B", bound=Batch)
 Loss = Callable[[nn.Module, B], tuple[Tensor, dict[str, Tensor]]]
 
 
-class Learner(Generic[B]):
-    """A module in training with its optimizer, schedule and EMA: all that a step changes.
+class Trainee(ABC, Generic[B]):
+    """A module in training with its optimizer, schedule and EMA: what `train` steps, saves and restores.
 
-    `loss(forward, batch)` gives the mean loss of the batch, 0-dim, and further numbers to log; it calls `forward`
-    rather than the module: that is the module compiled, with gradients averaged over ranks. `train` asks no more of a
-    learner than `step`, `tensors` and `restore`.
+    `forward` is the module with gradients averaged over ranks; calling it rather than the module trains all alike.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss[B],
-        section: TrainingSection,
-        *,
-        rows: int,
-        ranks: Ranks,
-        device: torch.device,
+        self, model: nn.Module, section: TrainingSection, *, rows: int, ranks: Ranks, device: torch.device
     ) -> None:
         self.model = model.to(device).train()
-        self.loss, self.section, self.ranks, self.device = loss, section, ranks, device
+        self.section, self.ranks, self.device = section, ranks, device
         self.schedule = steps_per_epoch(section, rows), total_steps(section, rows)
         self.forward = wrap(self.model, ranks, device)
         self.optimizer = build_optimizer(self.model, section)
         self.ema = EMA(self.model, section.ema_decay)
-        if section.compile:
-            self.forward.compile()
 
+    @abstractmethod
     def step(self, batch: B, step: int) -> dict[str, float | Tensor]:
-        """Learn from one batch; `step` counts from 0. Raises `RaeError` if the loss is not finite."""
-        rate = learning_rate(self.section, step, *self.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.section.precision == "bf16"):
-            loss, numbers = self.loss(self.forward, batch)
-        # Read before the backward pass is queued: here a GPU waits for its next command only.
-        value = finite("loss", loss.item(), batch, step, self.ranks)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = clip_gradients(self.model, self.section.clip_grad)
-        self.optimizer.step()
-        self.ema.update(self.model)
-        return {"loss": value, **{name: number.detach() for name, number in numbers.items()}, "grad_norm": norm}
+        """Learn from one batch; `step` counts from 0. Raises `RaeError` if a loss is not finite.
+
+        Returns the numbers to log, the same ones in every step: `loss`, and norms of gradients as `*grad_norm`.
+        """
+
+    def autocast(self) -> torch.autocast:
+        """The section's precision, for the forward pass and the losses."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.section.precision == "bf16")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, counted from 0."""
+        return learning_rate(self.section, step, *self.schedule)
 
     def tensors(self) -> Groups:
         """What a checkpoint must hold to continue."""
@@ -101,25 +90,70 @@ class Learner(Generic[B]):
     def restore(self, tensors: Groups) -> None:
         """Take over what `tensors` gave; `StaleInput` if that is of another model."""
         try:
-            self.model.load_state_dict(tensors["model"])
-            self.ema.model.load_state_dict(tensors["ema"])
-            load_optimizer(self.optimizer, self.model, tensors["optimizer"])
+            self._take_over(tensors)
         except (KeyError, RuntimeError) as error:
             raise StaleInput(f"the checkpoint is of another model ({error})") from error
 
+    def _take_over(self, tensors: Groups) -> None:
+        self.model.load_state_dict(tensors["model"])
+        self.ema.model.load_state_dict(tensors["ema"])
+        load_optimizer(self.optimizer, self.model, tensors["optimizer"])
 
-def finite(what: str, value: float, batch: Batch, step: int, ranks: Ranks) -> float:
-    """`value`; if it is not finite on some rank, `RaeError` on every rank, with the samples in question."""
+
+class Learner(Trainee[B]):
+    """A module that descends one loss.
+
+    `loss(forward, batch)` gives the mean loss of the batch, 0-dim, and further numbers to log.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss[B],
+        section: TrainingSection,
+        *,
+        rows: int,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        super().__init__(model, section, rows=rows, ranks=ranks, device=device)
+        self.loss = loss
+        if section.compile:
+            self.forward.compile()
+
+    def step(self, batch: B, step: int) -> dict[str, float | Tensor]:
+        self.optimizer.zero_grad()
+        with self.autocast():
+            loss, numbers = self.loss(self.forward, batch)
+        # Read before the backward pass is queued: here a GPU waits for its next command only.
+        value = finite("loss", loss.item(), batch, step, self.ranks, numbers)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = descend(self.optimizer, self.model, self.rate(step), self.section.clip_grad)
+        self.ema.update(self.model)
+        return {"loss": value, **{name: number.detach() for name, number in numbers.items()}, "grad_norm": norm}
+
+
+def finite(
+    what: str, value: float, batch: Batch, step: int, ranks: Ranks, parts: Mapping[str, float | Tensor] | None = None
+) -> float:
+    """`value`; if it is not finite on some rank, `RaeError` on every rank, with the samples in question.
+
+    `parts` are what the value is made of; several of them are named with it.
+    """
     if ranks.any(not math.isfinite(value)):
-        mine = None if math.isfinite(value) else (value, [str(key) for key in batch.keys])
-        value, keys = next(report for report in ranks.gather(mine) if report is not None)
+        mine: tuple[str, list[str]] | None = None
+        if not math.isfinite(value):
+            made_of = ", ".join(f"{name} {float(part):.4g}" for name, part in (parts or {}).items())
+            named = f" ({made_of})" if len(parts or {}) > 1 else ""
+            mine = f"{value}{named}", [str(key) for key in batch.keys]
+        reported, keys = next(report for report in ranks.gather(mine) if report is not None)
         more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-        raise RaeError(f"the {what} became {value} at step {step + 1}, on samples {', '.join(keys[:8])}{more}")
+        raise RaeError(f"the {what} became {reported} at step {step + 1}, on samples {', '.join(keys[:8])}{more}")
     return value
 
 
 def train(
-    learner: Learner[B],
+    learner: Trainee[B],
     batch: Callable[[int, int], B],
     section: TrainingSection,
     *,
@@ -162,7 +196,8 @@ def train(
             stop = ranks.any(job.stopping())
             if stop or done % section.checkpoint_every == 0 or done == total:
                 # Weights that the last step ruined are not worth keeping; the loss would show it a step later.
-                finite("gradient norm", float(numbers["grad_norm"]), item, done - 1, ranks)
+                for name in [name for name in numbers if name.endswith("grad_norm")]:
+                    finite(name, float(numbers[name]), item, done - 1, ranks)
                 meter.sums = _mean(meter.sums, ranks)
                 if ranks.is_main:
                     save(job.folder, done, learner.tensors(), meter.to_json(), section.keep_checkpoints)
@@ -181,7 +216,7 @@ def train(
     }
 
 
-def _resume(learner: Learner[B], job: Job, ranks: Ranks) -> tuple[int, Meter, Path | None]:
+def _resume(learner: Trainee[B], job: Job, ranks: Ranks) -> tuple[int, Meter, Path | None]:
     """Restore the newest valid checkpoint, chosen by rank 0; steps done, the meter, and the attempt that saved it."""
     checkpoint = newest((job.folder, *job.earlier)) if ranks.is_main else None
     folder = ranks.broadcast(checkpoint.folder if checkpoint else None)

@@ -75,6 +75,15 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
 
 
+def descend(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, clip_grad: float) -> Tensor:
+    """Take one step of `optimizer` at a learning rate, gradients clipped first; returns their norm before, 0-dim."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    norm = clip_gradients(model, clip_grad)
+    optimizer.step()
+    return norm
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """AdamW's state as `NAME.step`, `NAME.exp_avg`, `NAME.exp_avg_sq` for every trained parameter NAME of `model`.
 

@@ -20,12 +20,12 @@ def test_a_transformer_narrower_than_a_token_is_refused() -> None:
 def test_what_does_not_change_the_result_stays_out_of_the_recipe() -> None:
     one = EncodeSection(encoder="here/dinov2", workers=1)
     other = EncodeSection(encoder="there/dinov2", workers=8, weights="/data/x.pth")
-    assert one.recipe() == other.recipe()
-    assert one.recipe() != EncodeSection(encoder="here/dinov2", workers=1, batch_size=7).recipe()
+    assert one.in_recipe() == other.in_recipe()
+    assert one.in_recipe() != EncodeSection(encoder="here/dinov2", workers=1, batch_size=7).in_recipe()
     log_often = TrainDecoderSection(steps=5, log_every=1, checkpoint_every=1)
-    assert log_often.recipe() == TrainDecoderSection(steps=5).recipe()
+    assert log_often.in_recipe() == TrainDecoderSection(steps=5).in_recipe()
 
 
 def test_one_and_one_point_zero_are_one_recipe() -> None:
-    assert TrainDecoderSection(steps=5, lr=1).recipe() == TrainDecoderSection(steps=5, lr=1.0).recipe()
+    assert TrainDecoderSection(steps=5, lr=1).in_recipe() == TrainDecoderSection(steps=5, lr=1.0).in_recipe()
     assert '"lr":1.0' in TrainDecoderSection(steps=5, lr=1).model_dump_json()

@@ -219,7 +219,7 @@ def test_a_finished_run_has_nothing_to_do(uninterrupted, tmp_path):
 @pytest.mark.parametrize("change", [{"workers": 0}, {"workers": 3}, {"log_every": 1, "checkpoint_every": 9}])
 def test_runtime_settings_do_not_change_the_result(uninterrupted, tmp_path, change):
     section = SECTION.model_copy(update=change)
-    assert section.recipe() == SECTION.recipe()
+    assert section.in_recipe() == SECTION.in_recipe()
     assert_same(uninterrupted[0], run(section, Job(tmp_path))[0])
 
 
@@ -267,7 +267,7 @@ def test_weights_ruined_by_the_last_gradient_are_not_saved(tmp_path):
         return (value + (0 * value).sqrt() if steep.calls == 4 else value), numbers
 
     steep.calls = 0
-    with pytest.raises(RaeError, match="the gradient norm became nan at step 4, on samples point"):
+    with pytest.raises(RaeError, match="the grad_norm became nan at step 4, on samples point"):
         run(SECTION, Job(tmp_path), steep)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
