@@ -142,9 +142,15 @@ _stage_command("evaluate", "Score reconstructions and samples; draws the samples
 def plan_command(
     config: Config, workspace: WorkspaceOption = DEFAULT_WORKSPACE, overrides: Set = None, as_json: AsJson = False
 ) -> None:
-    """Say what would run, why, and what it takes."""
+    """Say what would run, why, what it takes, and what is missing for it."""
+    from rae.pipeline.preflight import problems
+
     pipeline, options = _prepare(config, workspace, overrides, as_json)
     _show_plan(pipeline, [stage.name for stage in pipeline.stages], options)
+    if found := list(problems(pipeline)):
+        for problem in found:
+            _tell(problem)
+        sys.exit(found[0].exit_code)  # as `rae run` would
 
 
 @app.command("status")
@@ -260,10 +266,14 @@ def main() -> None:
         _fail(explanation)
 
 
-def _fail(error: "RaeError") -> NoReturn:
+def _tell(error: "RaeError") -> None:
     print(f"rae: {error.message}", file=sys.stderr)
     if error.next_command:
         print(f"  next: {error.next_command}", file=sys.stderr)
+
+
+def _fail(error: "RaeError") -> NoReturn:
+    _tell(error)
     sys.exit(error.exit_code)
 
 

@@ -28,7 +28,13 @@ _EXPONENTIAL = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class PipelineConfig(Section):
-    """One YAML file: a name and a section per stage. A stage without a section is not part of the pipeline."""
+    """One YAML file: a name and a section per stage. A stage without a section is not part of the pipeline.
+
+    `extends: OTHER`, a preset's name or a file beside this one, takes over what OTHER says: its sections key by key,
+    save what stands here. It is resolved before validation, so that what is validated and shown is the whole.
+    """
+
+    shorthands = ("extends",)
 
     name: str
     description: str = ""
@@ -67,17 +73,38 @@ def read_text(config: str) -> str:
 
 def load(config: str, overrides: Sequence[str] | None = None) -> PipelineConfig:
     """Read, override and validate a configuration; `ConfigError` names every key that is wrong."""
+    value = _read(config)
+    for override in overrides or ():
+        _apply(value, override)
+    settings = validated(PipelineConfig, value, config)
+    check_name(settings.name)
+    return settings
+
+
+def _read(config: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What a file says, upon what the file says that it `extends`; `heirs` are those that extend this one."""
+    if Path(config).resolve() in map(Path.resolve, map(Path, heirs)):
+        raise ConfigError(f"{' extends '.join((*heirs, config))}: a circle that ends nowhere")
     try:
         value = yaml.safe_load(read_text(config))
     except yaml.YAMLError as error:
         raise ConfigError(f"{config} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{config} must hold a mapping with a `name` and a section per stage")
-    for override in overrides or ():
-        _apply(value, override)
-    settings = validated(PipelineConfig, value, config)
-    check_name(settings.name)
-    return settings
+    other = value.pop("extends", None)
+    if other is None:
+        return value
+    if not isinstance(other, str):
+        raise ConfigError(f"{config}: `extends` is {other!r}: it names one preset or file")
+    beside = Path(config).parent / other
+    base = _read(str(beside) if beside.suffix in {".yaml", ".yml"} else other, (*heirs, config))
+    base.pop("name", None)  # another configuration is another name
+    return base | {key: _upon(base.get(key), own) for key, own in value.items()}
+
+
+def _upon(base: Any, own: Any) -> Any:
+    """A section upon the one that it extends, key by key; anything else replaces it."""
+    return {**base, **own} if isinstance(base, dict) and isinstance(own, dict) else own
 
 
 def words(config: str, overrides: Sequence[str] | None = None) -> list[str]:
@@ -142,7 +169,7 @@ def _path(model: type[Section], loc: tuple[int | str, ...], unknown: bool) -> tu
             model = next((one for one in options if isinstance(one, type) and issubclass(one, Section)), model)
         if field is not None or isinstance(part, int) or (unknown and place == len(loc) - 1):
             keys.append(str(part))
-    return keys, list(model.model_fields)
+    return keys, [*model.model_fields, *model.shorthands]
 
 
 def closest(word: str, known: list[str]) -> str:

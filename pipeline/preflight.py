@@ -3,20 +3,34 @@
 Every check is cheap: settings against each other, and whether files and artifacts that are named exist.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rae.pipeline.plan import Pipeline
 from rae.pipeline.tasks import extractor_files
 from rae.stages.models.weights import locate_lpips
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, TrainDecoderSection, TrainDitSection
-from rae.store.errors import ConfigError, MissingInput
+from rae.store.errors import ConfigError, MissingInput, RaeError
 
 
 def preflight(pipeline: Pipeline) -> None:
-    """Check every stage that is still to be done; raises what the stage itself would raise."""
-    for name, check in _CHECKS.items():
-        if getattr(pipeline.config, name) is not None and not _is_done(pipeline, name):
-            check(pipeline)
+    """Check every stage that is still to be done; raises the first of the `problems`."""
+    for problem in problems(pipeline):
+        raise problem
+
+
+def problems(pipeline: Pipeline) -> Iterator[RaeError]:
+    """What the stages that are still to be done would raise, each once, in the order of the stages."""
+    told = set()
+    for name, checks in _CHECKS.items():
+        if getattr(pipeline.config, name) is None or _is_done(pipeline, name):
+            continue
+        for check in checks:
+            try:
+                check(pipeline)
+            except RaeError as error:
+                if error.message not in told:
+                    told.add(error.message)
+                    yield _named(error, pipeline)
 
 
 def _is_done(pipeline: Pipeline, name: str) -> bool:
@@ -27,9 +41,33 @@ def _is_done(pipeline: Pipeline, name: str) -> bool:
         return False
 
 
-def _train_decoder(pipeline: Pipeline) -> None:
+def _named(error: RaeError, pipeline: Pipeline) -> RaeError:
+    """The error with the next command as it can be pasted: stages do not know what the person calls CONFIG."""
+    words = (error.next_command or "").split(" ")
+    if words[:1] == ["rae"] and words[2:3] == ["CONFIG"]:
+        error.next_command = " ".join([pipeline.command(words[1]), *words[3:]])
+    return error
+
+
+def _makes_shards(pipeline: Pipeline) -> bool:
+    return any(stage.name == "shards" for stage in pipeline.stages)
+
+
+def _images(pipeline: Pipeline) -> object:
+    return pipeline.task("shards") if _makes_shards(pipeline) else pipeline.train
+
+
+def _encoder(pipeline: Pipeline) -> object:
+    return pipeline.geometry()
+
+
+def _crops(pipeline: Pipeline) -> None:
     section = pipeline.section("train_decoder", TrainDecoderSection)
     section.check_sizes(pipeline.section("encode", EncodeSection).image_size, pipeline.geometry()[1])
+
+
+def _perceptual(pipeline: Pipeline) -> None:
+    section = pipeline.section("train_decoder", TrainDecoderSection)
     if section.perceptual_loss == "lpips":
         locate_lpips(section.lpips_weights)
 
@@ -61,14 +99,19 @@ def _sample(pipeline: Pipeline) -> None:
         )
 
 
-def _evaluate(pipeline: Pipeline) -> None:
+def _held_out(pipeline: Pipeline) -> object:
     pipeline.require_held_out()
-    extractor_files(pipeline.section("evaluate", EvaluateSection))
+    return None if _makes_shards(pipeline) else pipeline.held_out
 
 
-_CHECKS: dict[str, Callable[[Pipeline], None]] = {
-    "train_decoder": _train_decoder,
-    "train_dit": _train_dit,
-    "sample": _sample,
-    "evaluate": _evaluate,
+def _extractor(pipeline: Pipeline) -> object:
+    return extractor_files(pipeline.section("evaluate", EvaluateSection))
+
+
+_CHECKS: dict[str, tuple[Callable[[Pipeline], object], ...]] = {
+    "encode": (_images, _encoder),
+    "train_decoder": (_images, _encoder, _crops, _perceptual),
+    "train_dit": (_train_dit,),
+    "sample": (_sample,),
+    "evaluate": (_held_out, _extractor),
 }

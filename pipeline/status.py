@@ -111,6 +111,10 @@ def show_plan(pipeline: Pipeline, names: list[str], console: Console) -> None:
     if console.as_json:
         console.print_json(rows)
         return
+    first: dict[str, str] = {}
+    for row in rows:  # what every stage waits for is said once
+        if first.setdefault(row["why"], row["stage"]) != row["stage"] and row["state"] == "wait":
+            row["why"] = f"as {first[row['why']]}"
     columns = ["stage", "state", "why"]
     console.table(f"plan of `{pipeline.config.name}`", columns, [[row[column] for column in columns] for row in rows])
 

@@ -4,10 +4,11 @@ Light on purpose (pydantic alone), so that a configuration is checked whole befo
 `Runtime` changes how the work is done, never its result, and therefore stays out of the artifact's recipe.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rae.stages.models.sizes import DIT_SIZES, VIT_SIZES, expand_size
 from rae.store.errors import ConfigError
 
 
@@ -19,6 +20,7 @@ class Section(BaseModel):
     """A stage's settings. Unknown keys are refused; values are typed (`1` for a float is `1.0`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    shorthands: ClassVar[tuple[str, ...]] = ()  # keys that are replaced by what they stand for before validation
 
     def in_recipe(self) -> dict[str, Any]:
         """The settings that determine the result, JSON-ready and typed."""
@@ -106,6 +108,7 @@ class TrainingSection(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9995
     precision: Precision = "float32"
     compile: Annotated[bool, Runtime] = False
+    grad_checkpoint: Annotated[bool, Runtime] = False  # less memory, a third more time
     workers: Annotated[int, Field(ge=0), Runtime] = 2
     log_every: Annotated[int, Field(gt=0), Runtime] = 50
     checkpoint_every: Annotated[int, Field(gt=0), Runtime] = 1000
@@ -123,7 +126,12 @@ class TrainingSection(Section):
 
 
 class TrainDecoderSection(TrainingSection):
-    """The ViT decoder (paper, section 3): sizes, noise on its tokens, losses. ViT-B by default."""
+    """The ViT decoder (paper, section 3): sizes, noise on its tokens, losses. ViT-B by default.
+
+    `size` S, B, L or XL stands for `hidden_size`, `depth`, `num_heads` and `intermediate_size`.
+    """
+
+    shorthands = ("size",)
 
     hidden_size: Positive = 768
     depth: Positive = 12
@@ -149,6 +157,11 @@ class TrainDecoderSection(TrainingSection):
                 " of that side do not fit the resized images"
             )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _size(cls, settings: Any) -> Any:
+        return expand_size(settings, VIT_SIZES)
+
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         for what, divisor in (("`num_heads`", self.num_heads), ("what its positions need,", 4)):
@@ -162,7 +175,10 @@ class TrainDitSection(TrainingSection):
 
     It trains on the latents that this configuration encodes, or on those that the REF `latents` names.
     For `DiT-DH`, `hidden_size`, `depth` and `num_heads` are pairs: body, head. For `LightningDiT` one number each.
+    `size` S, B, L or XL stands for all three.
     """
+
+    shorthands = ("size",)
 
     latents: Location = None
     model: Literal["DiT-DH", "LightningDiT"] = "DiT-DH"
@@ -179,6 +195,12 @@ class TrainDitSection(TrainingSection):
     time_dist_type: Literal["uniform", "logit-normal"] = "uniform"
     time_dist_shift: Rate | Literal["auto"] = "auto"
     allow_narrow: Annotated[bool, Runtime] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size(cls, settings: Any) -> Any:
+        plain = isinstance(settings, dict) and settings.get("model") == "LightningDiT"
+        return expand_size(settings, DIT_SIZES["LightningDiT" if plain else "DiT-DH"])
 
     @model_validator(mode="after")
     def _parts_match(self) -> Self:

@@ -98,7 +98,9 @@ def run(section: TrainDecoderSection, encode: EncodeSection, source: Source, fil
         noise = normal((encoder.token_dim, *encoder.grid), section.seed, "noise", epoch, rows, device)
         return Batch(images, level, noise, [source.keys[row] for row in rows])
 
-    learner = Learner(ViTDecoder(config), loss, section, rows=len(crops), ranks=ranks, device=device)
+    decoder = ViTDecoder(config)
+    decoder.grad_checkpoint = section.grad_checkpoint
+    learner = Learner(decoder, loss, section, rows=len(crops), ranks=ranks, device=device)
     metrics = train(learner, batch, section=section, rows=len(crops), job=job, ranks=ranks)
     if not ranks.is_main:
         return NOTHING

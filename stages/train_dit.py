@@ -58,7 +58,9 @@ def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
         rows = batch_rows(len(store), section.batch_size, section.seed, epoch, step, *place)
         return make_batch(store, rows, epoch, section, transport, num_classes, device)
 
-    learner = Learner(build_dit(config), loss, section, rows=len(store), ranks=ranks, device=device)
+    dit = build_dit(config)
+    dit.grad_checkpoint = section.grad_checkpoint
+    learner = Learner(dit, loss, section, rows=len(store), ranks=ranks, device=device)
     metrics = train(learner, batch, section=section, rows=len(store), job=job, ranks=ranks)
     if not ranks.is_main:
         return NOTHING

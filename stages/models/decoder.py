@@ -22,17 +22,10 @@ from rae.stages.models import layers
 from rae.store.errors import ConfigError
 from rae.store.stats import EPSILON
 
-VIT_SIZES: dict[str, dict[str, int]] = {
-    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6, "intermediate_size": 1536},
-    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12, "intermediate_size": 3072},
-    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16, "intermediate_size": 4096},
-    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16, "intermediate_size": 4096},
-}
-
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Everything that builds a `ViTDecoder`. `VIT_SIZES` holds the released sizes' first four numbers.
+    """Everything that builds a `ViTDecoder`. `sizes.VIT_SIZES` has the transformer's numbers for S, B, L and XL.
 
     Attributes:
         token_dim: width C of an encoder token.

@@ -91,6 +91,7 @@ def test_what_changes_the_result_changes_the_id(stage: str, override: str, plan:
         "train_decoder.checkpoint_every=1",
         "train_dit.keep_checkpoints=9",
         "train_dit.compile=true",
+        "train_decoder.grad_checkpoint=true",
         "description=another",
         "train_dit.lr=2.0e-4",  # the default, written out
         "evaluate.nearest_k=3",

@@ -1,7 +1,9 @@
 """What sections refuse, and what stays out of recipes."""
 
 import pytest
+from pydantic import ValidationError
 
+from rae.stages.models.sizes import DIT_SIZES, VIT_SIZES
 from rae.stages.sections import EncodeSection, TrainDecoderSection, TrainDitSection
 from rae.store.errors import ConfigError
 
@@ -29,3 +31,45 @@ def test_what_does_not_change_the_result_stays_out_of_the_recipe() -> None:
 def test_one_and_one_point_zero_are_one_recipe() -> None:
     assert TrainDecoderSection(steps=5, lr=1).in_recipe() == TrainDecoderSection(steps=5, lr=1.0).in_recipe()
     assert '"lr":1.0' in TrainDecoderSection(steps=5, lr=1).model_dump_json()
+
+
+@pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
+def test_a_size_is_the_numbers_that_it_stands_for(size: str) -> None:
+    numbers = TrainDecoderSection(steps=1, **VIT_SIZES[size])
+    assert TrainDecoderSection(steps=1, size=size) == numbers
+    assert TrainDecoderSection(steps=1, size=size).recipe() == numbers.recipe()
+    assert "size" not in numbers.recipe()
+    for model, sizes in DIT_SIZES.items():
+        given = {"steps": 1, "model": model}
+        assert TrainDitSection(**given, size=size).recipe() == TrainDitSection(**given, **sizes[size]).recipe()
+
+
+def test_the_transformer_s_sizes_are_the_body_s_and_the_head_s() -> None:
+    section = TrainDitSection(steps=1, size="L")
+    assert (section.hidden_size, section.depth, section.num_heads) == ((1024, 2048), (24, 2), (16, 16))
+    plain = TrainDitSection(steps=1, size="L", model="LightningDiT")
+    assert (plain.hidden_size, plain.depth, plain.num_heads) == ((1024,), (24,), (16,))
+
+
+def test_sizes_without_a_name_stay_and_null_takes_one_back() -> None:
+    free = TrainDecoderSection(steps=1, size=None, hidden_size=36, depth=1, num_heads=9, intermediate_size=5)
+    assert (free.hidden_size, free.intermediate_size) == (36, 5)
+    taken_back = {"hidden_size": None, "depth": None, "num_heads": None}
+    assert TrainDitSection(steps=1, size="B", **taken_back) == TrainDitSection(steps=1, size="B")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": "XXL"}, r"there is no `size` XXL \(did you mean `XL`\?\): it is one of S, B, L, XL"),
+        ({"size": "l"}, r"did you mean `L`"),
+        ({"size": ["S"]}, r"there is no `size` \['S'\]"),
+        ({"size": "S", "depth": 12}, "`size` S says what `depth` is"),
+    ],
+)
+@pytest.mark.parametrize("section", [TrainDecoderSection, TrainDitSection])
+def test_a_size_that_says_nothing_or_too_much_is_refused(
+    section: type[TrainDecoderSection | TrainDitSection], settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        section(steps=1, **settings)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rae.stages.models.decoder import (
-    VIT_SIZES,
     DecoderConfig,
     ViTDecoder,
     noise_tokens,
@@ -16,6 +15,7 @@ from rae.stages.models.decoder import (
     unwhiten,
     whiten,
 )
+from rae.stages.models.sizes import VIT_SIZES
 from rae.store.errors import ConfigError
 
 OFFICIAL = Path(__file__).parents[2] / "parity" / "official_state_dicts.json"
