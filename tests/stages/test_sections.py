@@ -37,11 +37,11 @@ def test_one_and_one_point_zero_are_one_recipe() -> None:
 def test_a_size_is_the_numbers_that_it_stands_for(size: str) -> None:
     numbers = TrainDecoderSection(steps=1, **VIT_SIZES[size])
     assert TrainDecoderSection(steps=1, size=size) == numbers
-    assert TrainDecoderSection(steps=1, size=size).recipe() == numbers.recipe()
-    assert "size" not in numbers.recipe()
+    assert TrainDecoderSection(steps=1, size=size).in_recipe() == numbers.in_recipe()
+    assert "size" not in numbers.in_recipe()
     for model, sizes in DIT_SIZES.items():
         given = {"steps": 1, "model": model}
-        assert TrainDitSection(**given, size=size).recipe() == TrainDitSection(**given, **sizes[size]).recipe()
+        assert TrainDitSection(**given, size=size).in_recipe() == TrainDitSection(**given, **sizes[size]).in_recipe()
 
 
 def test_the_transformer_s_sizes_are_the_body_s_and_the_head_s() -> None:
