@@ -16,6 +16,7 @@ from rae.stages.sections import TrainDitSection
 from rae.stages.training.loop import Learner, train
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
+from rae.stages.training.whitening import Whitening
 from rae.store.artifacts import Artifact
 from rae.store.classes import read_classes
 from rae.store.errors import ConfigError, StaleInput
@@ -48,7 +49,7 @@ def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
     ranks = Ranks.from_environment()
     device = ranks.device(job.device)
     torch.manual_seed(section.seed)  # initial weights
-    transport = about.create_transport()
+    transport, whitening = about.create_transport(), Whitening(store.stats, device)
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return transport.training_losses(model, batch.x, batch.y, t=batch.t, noise=batch.noise).mean(), {}
@@ -56,7 +57,7 @@ def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
     def batch(epoch: int, step: int) -> Batch:
         place = (ranks.rank, ranks.world_size)
         rows = batch_rows(len(store), section.batch_size, section.seed, epoch, step, *place)
-        return make_batch(store, rows, epoch, section, transport, num_classes, device)
+        return make_batch(store, whitening, rows, epoch, section, transport, num_classes)
 
     dit = build_dit(config)
     dit.grad_checkpoint = section.grad_checkpoint
@@ -120,17 +121,17 @@ def describe_transport(section: TrainDitSection, latent_shape: tuple[int, int, i
 
 def make_batch(
     store: LatentStore,
+    whitening: Whitening,
     rows: np.ndarray,
     epoch: int,
     section: TrainDitSection,
     transport: Transport,
     num_classes: int,
-    device: torch.device,
 ) -> Batch:
     """The training rows with all their draws: each a function of (seed, purpose, epoch, row)."""
-    seed = section.seed
+    seed, device = section.seed, whitening.device
     views = store.draw_views(rows, seed, epoch)
-    x = torch.from_numpy(store.stats.whiten(store.rows(rows, views))).to(device)
+    x = whitening(store.rows(rows, views))
     y = torch.from_numpy(store.labels[rows]).to(device)
     dropped = uniform(seed, "label_dropout", epoch, rows, device) < section.class_dropout_prob
     y = torch.where(dropped, num_classes, y) if num_classes else torch.zeros_like(y)

@@ -1,13 +1,17 @@
-"""Stored latents as a torch dataset, for training loops that are not ours."""
+"""Stored latents as torch tensors: whitened batches for training, and a dataset for loops that are not ours."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from rae.stages.training.data import prefetch
+from rae.stages.training.whitening import Whitening
 from rae.store.latents import LatentStore
+from rae.store.order import batch_rows, steps_per_epoch
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
@@ -20,6 +24,35 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.latents = latents
         self.seed = seed
         self.epoch = 0
+        self._whitening = Whitening(latents.stats)
+
+    def batches(
+        self,
+        batch_size: int,
+        epoch: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 2,
+    ) -> Iterator[dict[str, Any]]:
+        """The shuffled batches that `LatentStore.batches` gives, ready for a model and made ahead by threads.
+
+        {"latent": float32 [B, C, H, W], "label": int64 [B] (-1: none), "row": int64 [B]}. They are the same for any
+        number of `workers`, and of ranks together.
+        """
+
+        def make(step: int) -> dict[str, Any]:
+            rows = batch_rows(len(self), batch_size, self.seed, epoch, step, rank, world_size)
+            views = self.latents.draw_views(rows, self.seed, epoch)
+            latent = self._whitening(self.latents.rows(rows, views))
+            return {
+                "latent": latent,
+                "label": torch.from_numpy(self.latents.labels[rows]),
+                "row": torch.from_numpy(rows),
+            }
+
+        with closing(prefetch(make, range(start_step, steps_per_epoch(len(self), batch_size)), workers)) as batches:
+            yield from batches
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that views are drawn for."""
@@ -35,7 +68,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """A batch's items in one gather; DataLoader calls this where it can."""
         chosen = np.asarray(rows)
         views = self.latents.draw_views(chosen, self.seed, self.epoch)
-        latents = torch.from_numpy(self.latents.stats.whiten(self.latents.rows(chosen, views)))
+        latents = self._whitening(self.latents.rows(chosen, views))
         labels = self.latents.labels[chosen]
         return [
             {"latent": latent, "label": int(label), "key": self.latents.keys[row], "row": int(row)}

@@ -10,6 +10,7 @@ import torch
 from rae.stages.models.transport import create_transport
 from rae.stages.sections import TrainDitSection
 from rae.stages.train_dit import Batch, count_classes, describe_dit, describe_transport, make_batch
+from rae.stages.training.whitening import Whitening
 from rae.store.errors import ConfigError, StaleInput
 from rae.store.latents import LatentStore
 from rae.store.latents_finish import finish
@@ -19,7 +20,6 @@ from rae.store.layout import LatentLayout, plan_parts
 SECTION = TrainDitSection(
     steps=1, batch_size=4, hidden_size=(8, 8), depth=(1, 1), num_heads=(1, 1), class_dropout_prob=0.5
 )
-CPU = torch.device("cpu")
 
 
 def write_store(folder: Path, labels: Sequence[int | None], views: int = 2) -> LatentStore:
@@ -37,7 +37,7 @@ def write_store(folder: Path, labels: Sequence[int | None], views: int = 2) -> L
 
 def batch(store: LatentStore, rows: Sequence[int], epoch: int = 0, num_classes: int = 3) -> Batch:
     transport = create_transport(time_dist_shift=2.0)
-    return make_batch(store, np.array(rows), epoch, SECTION, transport, num_classes, CPU)
+    return make_batch(store, Whitening(store.stats), np.array(rows), epoch, SECTION, transport, num_classes)
 
 
 def test_a_row_is_trained_alike_in_any_batch(tmp_path: Path) -> None:
