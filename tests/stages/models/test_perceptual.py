@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import vgg16
 
 from rae.stages.models.encoders import Encoder, load_encoder
 from rae.stages.models.perceptual import EncoderDistance, LpipsDistance, build_perceptual
 from rae.stages.models.weights import locate_encoder
 from rae.store.errors import ConfigError, CorruptData, MissingInput
+from tests.stages.models.drawn_weights import vgg_features, write_vgg
 
 RELUS = (3, 8, 15, 22, 29)  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 
@@ -28,24 +28,12 @@ def encoder() -> Encoder:
 
 @pytest.fixture(scope="module")
 def vgg() -> nn.Sequential:
-    """VGG-16's convolutions with drawn weights: the published ones lie on few machines."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        with torch.device("meta"):
-            layers = vgg16(weights=None, init_weights=False).features
-        layers = layers.to_empty(device="cpu")
-        for layer in layers:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight)
-                nn.init.normal_(layer.bias, std=0.1)
-    return layers.requires_grad_(False)
+    return vgg_features()
 
 
 @pytest.fixture(scope="module")
-def vgg_file(vgg: nn.Sequential, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("vgg") / "drawn.pth"
-    torch.save({f"features.{key}": value for key, value in vgg.state_dict().items()}, path)
-    return path
+def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vgg(tmp_path_factory.mktemp("vgg"))
 
 
 def lpips_by_hand(layers: nn.Sequential, one: Tensor, two: Tensor) -> Tensor:
