@@ -7,6 +7,7 @@ import pytest
 from typer.main import get_command
 
 from rae.pipeline.cli import app
+from rae.pipeline.config import presets
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -53,6 +54,10 @@ def test_every_command_exists() -> None:
 @pytest.mark.parametrize("picture", re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README))
 def test_every_picture_is_there(picture: str) -> None:
     assert (ROOT / picture).stat().st_size > 1000
+
+
+def test_every_preset_stands_in_its_table() -> None:
+    assert sorted(re.findall(r"^\| `([a-z0-9-]+)` \|", README, re.MULTILINE)) == presets()
 
 
 def test_no_placeholder_is_left() -> None:

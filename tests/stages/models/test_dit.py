@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.layers import PatchEmbed, RMSNorm, RotaryPositions, unpatchify
+from rae.stages.models.sizes import DIT_SIZES
 from rae.store.errors import ConfigError
 
 HEAD = DiTConfig(
@@ -40,25 +41,18 @@ def inputs(batch: int = 3) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("hidden_size", "depth", "num_heads", "millions"),
-    [((384, 2048), (12, 2), (6, 16), 197), ((1152, 2048), (28, 2), (16, 16), 839)],
+    ("model", "size", "millions"),
+    [
+        *zip(["DiT-DH"] * 4, DIT_SIZES["DiT-DH"], [197, 294, 622, 839], strict=True),
+        *zip(["LightningDiT"] * 4, DIT_SIZES["LightningDiT"], [34, 132, 460, 677], strict=True),
+    ],
 )
-def test_published_sizes(
-    hidden_size: tuple[int, int], depth: tuple[int, int], num_heads: tuple[int, int], millions: int
-) -> None:
-    config = DiTConfig(
-        model="DiT-DH",
-        in_channels=768,
-        input_size=16,
-        hidden_size=hidden_size,
-        depth=depth,
-        num_heads=num_heads,
-        num_classes=1000,
-    )
+def test_sizes_by_name(model: str, size: str, millions: int) -> None:
+    config = DiTConfig(model=model, in_channels=768, input_size=16, num_classes=1000, **DIT_SIZES[model][size])
     with torch.device("meta"):
-        model = build_dit(config)
-    # The published figures count what is stored, constants included.
-    assert round(sum(tensor.numel() for tensor in model.state_dict().values()) / 1e6) == millions
+        built = build_dit(config)
+    # The published figures (DiTDH-S 197, XL 839) count what is stored, constants included.
+    assert round(sum(tensor.numel() for tensor in built.state_dict().values()) / 1e6) == millions
 
 
 @pytest.mark.parametrize("config", [HEAD, PLAIN])
