@@ -63,7 +63,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("shards", "shards", version=1, implied=True),
-        Stage("encode", "latents", version=1),
+        Stage("encode", "latents", version=2),
         Stage("train_decoder", "decoder", version=1),
         Stage("train_dit", "dit", version=1),
         Stage("sample", "samples", version=1, implied=True),

@@ -2,14 +2,13 @@
 
 import shutil
 
-import numpy as np
-
 from rae.pipeline.console import Console, duration, size
 from rae.pipeline.plan import STAGES, Pipeline
 from rae.pipeline.runner import payload_bytes
 from rae.stages.sections import EncodeSection
 from rae.store.artifacts import Artifact, Unfinished, Workspace
 from rae.store.errors import MissingInput, RaeError
+from rae.store.layout import LatentLayout
 from rae.store.manifest import Json
 
 _SHOWN_INVALID_ROWS = 20
@@ -144,7 +143,7 @@ def _price(pipeline: Pipeline) -> Json:
     encode = pipeline.section("encode", EncodeSection)
     channels, (height, width) = pipeline.geometry()
     views, rows = 1 + encode.horizontal_flip, len(pipeline.train)
-    needed = rows * views * channels * height * width * np.dtype(encode.dtype).itemsize
+    needed = rows * views * LatentLayout(views, channels, height, width, 1, encode.dtype).latent_bytes
     root = pipeline.workspace.root.absolute()
     folder = next(parent for parent in (root, *root.parents) if parent.exists())
     free = shutil.disk_usage(folder).free

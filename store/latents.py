@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from rae.store.compression import decompress
 from rae.store.errors import ConfigError, CorruptData, MissingInput
+from rae.store.formats import StoredArray
 from rae.store.latents_index import (
     INDEX_FILE,
     INDEX_SCHEMA,
@@ -27,9 +29,10 @@ from rae.store.latents_index import (
     read_columns,
 )
 from rae.store.latents_verify import Problem, verify
-from rae.store.layout import ARRAY_FILE, STATS_FILE, LatentLayout
+from rae.store.layout import ARRAY_FILE, GROUP_FILE, STATS_FILE, LatentLayout
 from rae.store.order import IntArray, batch_rows, draw, steps_per_epoch
 from rae.store.stats import LatentStats
+from rae.store.stored_part import open_shard
 from rae.store.zarr_shard import Shard, check_size
 
 Latents = npt.NDArray[Any]
@@ -58,9 +61,10 @@ class LatentStore:
     """A finished latent store in a folder, read-only.
 
     Items and batches are whitened with the store's own statistics, float32, unless `raw`: then they are what the
-    encoder gave, in the stored dtype. `len` counts valid rows. Raises `MissingInput` or `CorruptData`, naming the
-    file, where something is not there or does not fit; a shard is looked at when it is first needed, and all of them
-    by `verify`. Can be pickled, which carries the folder and opens anew.
+    encoder gave, as near as the store's number format comes, in float16 for float16 and in float32 for every other.
+    `len` counts valid rows. Raises `MissingInput` or `CorruptData`, naming the file, where something is not there or
+    does not fit; a shard is looked at when it is first needed, and all of them by `verify`. Can be pickled, which
+    carries the folder and opens anew.
     """
 
     def __init__(self, folder: str | Path, raw: bool = False) -> None:
@@ -68,13 +72,18 @@ class LatentStore:
         self.raw = raw
         metadata = _read_json(self.folder / ARRAY_FILE)
         self.layout, self.slots = LatentLayout.from_array_metadata(metadata, str(self.folder / ARRAY_FILE))
-        parts = read_columns(self.folder / PARTS_FILE, PARTS_SCHEMA, ["part", "slots", "rows", "bytes"])
-        rows, sizes = integers(parts, "rows"), integers(parts, "bytes")
+        parts = read_columns(self.folder / PARTS_FILE, PARTS_SCHEMA, ["part", "slots", "rows", "bytes", "scales_bytes"])
+        rows = integers(parts, "rows")
+        columns = {"latents": "bytes", "scales": "scales_bytes"}
+        sizes = {array.name: integers(parts, columns[array.name]) for array in self.layout.arrays}
         numbered = np.array_equal(integers(parts, "part"), np.arange(parts.num_rows))
         if not numbered or parts.num_rows * self.layout.rows_per_part != self.slots:
             raise CorruptData(f"{self.folder / PARTS_FILE} lists other parts than {ARRAY_FILE} has room for")
         self._has_holes = rows < integers(parts, "slots")
         self._first_row = np.concatenate([[0], np.cumsum(rows)])
+        for name, data in self.layout.metadata_files(self.slots).items():
+            if name not in (GROUP_FILE, ARRAY_FILE) and _read_bytes(self.folder / name) != data:
+                raise CorruptData(f"{self.folder / name} does not describe the {name.split('/')[0]} of {ARRAY_FILE}")
         self._shard = lru_cache(_open_files() // 2)(partial(_open_shard, self.folder, self.layout, sizes, rows))
 
     def __reduce__(self) -> tuple[type["LatentStore"], tuple[Path, bool]]:
@@ -140,16 +149,29 @@ class LatentStore:
         }
 
     def rows(self, rows: npt.ArrayLike, views: npt.ArrayLike) -> Latents:
-        """Raw latents [B, C, H, W] in the stored dtype, of `rows` [B] in the given `views` [B] (or one for all)."""
+        """Raw latents [B, C, H, W] of `rows` [B] in the given `views` [B] (or one for all); float16 or float32."""
         parts, places = self._places(np.asarray(rows, dtype=np.int64))
         chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), parts.shape)
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.views:
             raise IndexError(f"a store of {self.views} view(s) was asked for views {chosen.min()} to {chosen.max()}")
         self._announce(parts, places, chosen)  # faulted in one by one, a cold file gives half as much or less
-        latents = np.empty((chosen.size, self.layout.latent_bytes), np.uint8)
-        for target, part, place, view in zip(latents, parts.tolist(), places.tolist(), chosen.tolist(), strict=True):
-            target[:] = self._shard(part).chunk(place, view)
-        return latents.view(self.layout.stored_dtype).reshape(-1, *self.shape)
+        stored = [self._gather(array, parts, places, chosen) for array in self.layout.arrays]
+        return self.layout.decode(tuple(stored))
+
+    def _gather(self, array: StoredArray, parts: IntArray, places: IntArray, views: IntArray) -> Latents:
+        """What one of the arrays holds of latents, [B, ...] in its stored dtype."""
+        compressor = self.layout.compressor
+        gathered = np.empty((parts.size, self.layout.chunk_bytes(array)), np.uint8)
+        numbers = gathered.view(array.dtype)
+        if compressor != "none":
+            numbers.fill(array.fill)  # nothing that a damaged chunk leaves out may look like numbers
+        for target, part, place, view in zip(numbers, parts.tolist(), places.tolist(), views.tolist(), strict=True):
+            shard = self._shard(part, array)
+            try:
+                decompress(compressor, shard.chunk(place, view), target)
+            except ValueError as error:
+                raise CorruptData(f"row {place} of {shard.path} cannot be decompressed: {error}") from error
+        return numbers.reshape(-1, *self.layout.chunk_shape(array))
 
     def batches(
         self,
@@ -204,7 +226,8 @@ class LatentStore:
 
     def _announce(self, parts: IntArray, places: IntArray, views: IntArray) -> None:
         for part, place, view in zip(parts.tolist(), places.tolist(), views.tolist(), strict=True):
-            self._shard(part).announce(place, view)
+            for array in self.layout.arrays:
+                self._shard(part, array).announce(place, view)
 
     def _places(self, rows: IntArray) -> tuple[IntArray, IntArray]:
         """Part and row in the part of each row. Only parts with invalid rows need their shard's index for that."""
@@ -214,7 +237,7 @@ class LatentStore:
         places = rows - self._first_row[parts]
         for part in np.unique(parts[self._has_holes[parts]]).tolist():
             here = parts == part
-            places[here] = self._shard(part).valid_rows[places[here]]
+            places[here] = self._shard(part, self.layout.arrays[0]).valid_rows[places[here]]
         return parts, places
 
     def _valid_column(self, column: str) -> Any:
@@ -225,13 +248,14 @@ class LatentStore:
         return values
 
 
-def _open_shard(folder: Path, layout: LatentLayout, sizes: IntArray, rows: IntArray, part: int) -> Shard:
-    """A part's shard, of the size and the number of rows that the store lists for it."""
-    path = folder / layout.shard_key(part)
-    check_size(path, int(sizes[part]))
-    shard = Shard(path, layout.rows_per_part, layout.views, layout.latent_bytes)
+def _open_shard(
+    folder: Path, layout: LatentLayout, sizes: dict[str, IntArray], rows: IntArray, part: int, array: StoredArray
+) -> Shard:
+    """A part's shard in one array, of the size and the number of rows that the store lists for it."""
+    check_size(folder / layout.shard_key(part, array.name), int(sizes[array.name][part]))
+    shard = open_shard(folder, layout, part, array)
     if shard.valid_rows.size != rows[part]:
-        raise CorruptData(f"{path} holds {shard.valid_rows.size} rows and is listed with {rows[part]}")
+        raise CorruptData(f"{shard.path} holds {shard.valid_rows.size} rows and is listed with {rows[part]}")
     return shard
 
 
@@ -241,11 +265,16 @@ def _open_files() -> int:
     return 65_536 if limit == resource.RLIM_INFINITY else max(16, min(limit, 65_536))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_bytes(path: Path) -> bytes:
     try:
-        value = json.loads(path.read_bytes())
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise MissingInput(f"{path.parent} holds no finished latents: {path} is missing") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_bytes(path))
     except ValueError as error:
         raise CorruptData(f"{path} is not JSON ({error})") from error
     if not isinstance(value, dict):

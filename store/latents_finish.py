@@ -17,11 +17,11 @@ from rae.store.latents_index import (
     index_groups,
     parts_table,
 )
-from rae.store.layout import ARRAY_FILE, GROUP_FILE, STATS_FILE, LatentLayout, Part
+from rae.store.layout import STATS_FILE, LatentLayout, Part
 from rae.store.part_record import FOLDER, PartRecord, content_digest, moments_path, record_path
 from rae.store.publish import publish_bytes
 from rae.store.stats import LatentStats, Moments
-from rae.store.zarr_shard import check_size
+from rae.store.zarr_shard import check_size, file_sha256
 
 _RECORD_NAME = re.compile(r"(\d{6,})\.json")
 
@@ -30,7 +30,7 @@ _RECORD_NAME = re.compile(r"(\d{6,})\.json")
 class LatentsSummary:
     """A finished store: its logical digest, images with and without a latent, why some have none, bytes of latents.
 
-    `files` is every file of it, below the folder that was finished.
+    `files` are those of the whole store. The parts' own files are not among them: `parts.parquet` has their digests.
     """
 
     content: str
@@ -54,8 +54,9 @@ def completed_parts(folder: Path, layout: LatentLayout, parts: Sequence[Part]) -
             f"{record_path(folder, foreign[0])} records a part that is not among the {len(parts)} planned"
         )
     for number in sorted(done):
-        if not (folder / layout.shard_key(number)).exists():
-            raise MissingInput(f"part {number} is recorded and its file {folder / layout.shard_key(number)} is missing")
+        for key in layout.shard_keys(number):
+            if not (folder / key).exists():
+                raise MissingInput(f"part {number} is recorded and its file {folder / key} is missing")
     return done
 
 
@@ -83,20 +84,16 @@ def finish(folder: Path, layout: LatentLayout, parts: Sequence[Part], sources: S
     _publish_once(folder / STATS_FILE, LatentStats.of(tally.moments).to_bytes())
     for name, data in layout.metadata_files(len(parts) * layout.rows_per_part).items():
         _publish_once(folder / name, data)
-    _sweep(folder)
+    _sweep(folder, layout)
     rows = sum(line["rows"] for line in tally.lines)
-    size = sum(line["bytes"] for line in tally.lines)
-    files = tuple(_files(folder, layout, parts))
+    size = sum(line["bytes"] + (line["scales_bytes"] or 0) for line in tally.lines)
+    files = tuple(folder / name for name in store_files(layout))
     return LatentsSummary(content, rows, tally.reasons.total(), tally.reasons, size, files)
 
 
-def _files(folder: Path, layout: LatentLayout, parts: Iterable[Part]) -> Iterator[Path]:
-    for name in (GROUP_FILE, ARRAY_FILE, INDEX_FILE, PARTS_FILE, STATS_FILE):
-        yield folder / name
-    for part in parts:
-        yield folder / layout.shard_key(part.number)
-        yield record_path(folder, part.number)
-        yield moments_path(folder, part.number)
+def store_files(layout: LatentLayout) -> list[str]:
+    """Paths below a store's folder of the files that `finish` writes."""
+    return [*layout.metadata_files(0), INDEX_FILE, PARTS_FILE, STATS_FILE]
 
 
 @dataclass
@@ -113,7 +110,8 @@ class _Tally:
     def counting(self, parts: Iterable[Part]) -> Iterator[PartRecord]:
         for part in parts:
             record = PartRecord.load(self.folder, self.layout, part)
-            check_size(self.folder / record.shard_key, record.bytes)
+            for key, (size, _) in zip(self.layout.shard_keys(part.number), record.shards, strict=True):
+                check_size(self.folder / key, size)
             moments = Moments.load(moments_path(self.folder, part.number))
             if moments.mean.shape != self.layout.latent_shape or moments.count != record.rows * self.layout.views:
                 raise CorruptData(f"{moments_path(self.folder, part.number)} is not of the rows in its record")
@@ -129,6 +127,9 @@ class _Tally:
                     "rows": record.rows,
                     "bytes": record.bytes,
                     "sha256": record.sha256,
+                    "scales_bytes": record.scales_bytes,
+                    "scales_sha256": record.scales_sha256,
+                    "record_sha256": file_sha256(record_path(self.folder, part.number)),
                     "content": record.content(),
                 }
             )
@@ -144,9 +145,9 @@ def _publish_once(path: Path, data: bytes) -> None:
         raise CorruptData(f"{path} is there already and belongs to other latents than the parts beside it")
 
 
-def _sweep(folder: Path) -> None:
+def _sweep(folder: Path, layout: LatentLayout) -> None:
     """Remove what killed writers left. One that still runs can only be late: everything is recorded and published."""
-    for name in (GROUP_FILE, ARRAY_FILE, INDEX_FILE, PARTS_FILE, STATS_FILE, f"{FOLDER}/*"):
+    for name in (*store_files(layout), f"{FOLDER}/*"):
         path = folder / name
         for leftover in path.parent.glob(f".{path.name}.*.partial"):
             leftover.unlink(missing_ok=True)

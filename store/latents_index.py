@@ -51,6 +51,9 @@ PARTS_SCHEMA = pa.schema(
         pa.field("rows", pa.int32(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False),
         pa.field("sha256", pa.string(), nullable=False),
+        pa.field("scales_bytes", pa.int64()),  # of int8 latents alone, as `scales_sha256`
+        pa.field("scales_sha256", pa.string()),
+        pa.field("record_sha256", pa.string(), nullable=False),
         pa.field("content", pa.string(), nullable=False),
     ]
 )

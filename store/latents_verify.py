@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from rae.store.errors import RaeError
+from rae.store.errors import CorruptData, RaeError
 from rae.store.latents_index import (
     INDEX_FILE,
     INDEX_SCHEMA,
@@ -22,7 +22,8 @@ from rae.store.layout import STATS_FILE, LatentLayout, Part
 from rae.store.manifest import Manifest
 from rae.store.part_record import PartRecord, content_digest, moments_path, record_path
 from rae.store.stats import LatentStats, Moments, merge
-from rae.store.zarr_shard import Shard, check_size, crc32c, file_sha256
+from rae.store.stored_part import StoredPart, checksums
+from rae.store.zarr_shard import check_size, file_sha256
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Problem:
     key: str | None = None
 
     def __str__(self) -> str:
-        latent = "" if self.slot is None else f", slot {self.slot}, view {self.view} (`{self.key}`)"
+        view = "" if self.view is None else f", view {self.view}"
+        latent = "" if self.slot is None else f", slot {self.slot}{view} (`{self.key}`)"
         return f"{self.file}{latent}: {self.reason}"
 
 
@@ -84,7 +86,7 @@ def _metadata_problems(folder: Path, layout: LatentLayout, lines: list[dict[str,
 def _manifest_problems(
     folder: Path, layout: LatentLayout, lines: list[dict[str, Any]], full: bool
 ) -> Iterator[Problem]:
-    """The manifest, once there is one, against the parts and, if `full`, against every file but the parts' own."""
+    """The manifest, once there is one, against the parts and, if `full`, against the files of the whole store."""
     path = folder / "manifest.json"
     if not path.exists():
         return
@@ -96,20 +98,19 @@ def _manifest_problems(
     content = content_digest(layout, [line["content"] for line in lines])
     if manifest.content != content:
         yield Problem(path, f"is of the content {manifest.content}, the parts are of {content}")
-    shards = {layout.shard_key(line["part"]) for line in lines}
     for entry in manifest.files if full else ():
         file = folder / entry["path"]
-        if entry["path"] not in shards and (not file.exists() or file_sha256(file) != entry["sha256"]):
+        if not file.exists() or file_sha256(file) != entry["sha256"]:
             yield Problem(file, "does not match the manifest")
 
 
 def _size_problems(folder: Path, layout: LatentLayout, lines: list[dict[str, Any]]) -> Iterator[Problem]:
     for line in lines:
-        path = folder / layout.shard_key(line["part"])
-        try:
-            check_size(path, line["bytes"])
-        except RaeError as error:
-            yield Problem(path, error.message)
+        for path, (size, _) in zip(_shard_paths(folder, layout, line), _listed(line), strict=False):
+            try:
+                check_size(path, size)
+            except RaeError as error:
+                yield Problem(path, error.message)
         for path in (record_path(folder, line["part"]), moments_path(folder, line["part"])):
             if not path.exists():
                 yield Problem(path, "is missing")
@@ -130,14 +131,16 @@ def _byte_problems(folder: Path, layout: LatentLayout, lines: list[dict[str, Any
 
 def _part_problems(folder: Path, layout: LatentLayout, line: dict[str, Any]) -> Iterator[Problem]:
     path = record_path(folder, line["part"])
+    if not path.exists():
+        return  # which is among the problems already
     try:
-        record = PartRecord.load(folder, layout, _planned(line, layout))
+        record = PartRecord.load(folder, layout, planned(line, layout))
     except RaeError as error:
         yield Problem(path, error.message)
         return
-    listed = (line["bytes"], line["sha256"], line["rows"], line["content"])
-    if (record.bytes, record.sha256, record.rows, record.content()) != listed:
-        yield Problem(path, f"does not say what {PARTS_FILE} lists")
+    if file_sha256(path) != line["record_sha256"]:
+        yield Problem(path, f"does not match the digest in {PARTS_FILE}")
+        return
     moments = moments_path(folder, line["part"])
     if moments.exists() and file_sha256(moments) != record.statistics_sha256:
         yield Problem(moments, "does not match the digest in its record")
@@ -145,31 +148,52 @@ def _part_problems(folder: Path, layout: LatentLayout, line: dict[str, Any]) -> 
 
 
 def _shard_problems(folder: Path, layout: LatentLayout, record: PartRecord, line: dict[str, Any]) -> Iterator[Problem]:
-    path = folder / record.shard_key
-    if not path.exists() or path.stat().st_size != line["bytes"]:
+    files = list(zip(_shard_paths(folder, layout, line), _listed(line), strict=True))
+    if any(not path.exists() or path.stat().st_size != size for path, (size, _) in files):
         return  # which is among the problems already
-    if file_sha256(path) == line["sha256"]:
-        return
-    try:
-        shard = Shard(path, layout.rows_per_part, layout.views, layout.latent_bytes)
-    except RaeError as error:
-        yield Problem(path, error.message)
-        return
-    damaged = 0
-    valid = set(shard.valid_rows.tolist())
-    for row, checksums in enumerate(record.row_crc32c):
-        for view, checksum in enumerate(checksums or ()):
-            if row not in valid or crc32c(shard.chunk(row, view)) != checksum:
-                damaged += 1
-                slot, key = record.part * layout.rows_per_part + row, record.index["key"][row]
-                yield Problem(path, "the latent does not match its checksum", slot, view, key)
+    damaged = [path for path, (_, sha256) in files if file_sha256(path) != sha256]
     if not damaged:
-        yield Problem(path, "does not match its digest, though each latent matches its checksum")
+        return
+    latents = list(_latent_problems(folder, layout, record, damaged[0]))
+    if not latents:
+        for path in damaged:
+            yield Problem(path, "does not match its digest, though each latent matches its checksum")
+    yield from latents
+
+
+def _latent_problems(folder: Path, layout: LatentLayout, record: PartRecord, damaged: Path) -> Iterator[Problem]:
+    """The latents that do not match their checksums, in a part of which the file `damaged` differs."""
+    try:
+        stored = StoredPart(folder, layout, record.part)
+    except RaeError as error:
+        yield Problem(damaged, error.message)
+        return
+    valid = set(stored.valid_rows.tolist())
+    for row, expected in enumerate(record.row_crc32c):
+        slot, key = record.part * layout.rows_per_part + row, record.index["key"][row]
+        try:
+            found = checksums(stored.row(row)) if row in valid else [None] * layout.views
+        except CorruptData as error:
+            yield Problem(damaged, error.message, slot, None, key)
+            continue
+        for view, checksum in enumerate(expected or ()):
+            if found[view] != checksum:
+                yield Problem(damaged, "the latent does not match its checksum", slot, view, key)
+
+
+def _shard_paths(folder: Path, layout: LatentLayout, line: dict[str, Any]) -> list[Path]:
+    return [folder / key for key in layout.shard_keys(line["part"])]
+
+
+def _listed(line: dict[str, Any]) -> list[tuple[int, str]]:
+    """Bytes and sha256 of a part's shards."""
+    listed = [(line["bytes"], line["sha256"]), (line["scales_bytes"], line["scales_sha256"])]
+    return [(size, sha256) for size, sha256 in listed if size is not None]
 
 
 def _derived_problems(folder: Path, layout: LatentLayout, lines: list[dict[str, Any]]) -> Iterator[Problem]:
     """Statistics and index, made again from the records."""
-    parts = [_planned(line, layout) for line in lines]
+    parts = [planned(line, layout) for line in lines]
     moments = merge(Moments.load(moments_path(folder, part.number)) for part in parts)
     if moments is None or not LatentStats.of(moments).identical(LatentStats.load(folder / STATS_FILE)):
         yield Problem(folder / STATS_FILE, "is not what the statistics of the parts give")
@@ -184,6 +208,6 @@ def _derived_problems(folder: Path, layout: LatentLayout, lines: list[dict[str, 
         yield Problem(folder / INDEX_FILE, f"cannot be read whole ({error})")
 
 
-def _planned(line: dict[str, Any], layout: LatentLayout) -> Part:
+def planned(line: dict[str, Any], layout: LatentLayout) -> Part:
     first_slot = line["part"] * layout.rows_per_part
     return Part(line["part"], line["source_shard"], line["first_sample"], line["slots"], first_slot)

@@ -11,19 +11,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, Unpack
+from typing import Any, Self, Unpack
 
-import numpy as np
 import numpy.typing as npt
 
+from rae.store.compression import compress
 from rae.store.errors import CorruptData, PartialResult
 from rae.store.layout import LatentLayout, Part
 from rae.store.part_record import COLUMNS, FOLDER, IndexRow, PartRecord, moments_path, record_path
 from rae.store.publish import make_folder, publish_bytes, publish_file, temporary_name
 from rae.store.stats import Moments, RunningStats
-from rae.store.zarr_shard import Shard, ShardWriter, crc32c, file_sha256
+from rae.store.stored_part import StoredPart, checksums
+from rae.store.zarr_shard import ShardWriter, file_sha256
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class _ShardFile:
+    """A part's shard in one array, under the temporary name that it is written with."""
+
+    def __init__(self, temporary: Path, target: Path, chunks: int) -> None:
+        self.temporary, self.target = temporary, target
+        make_folder(temporary.parent)
+        make_folder(target.parent)
+        self._file = open(temporary, "xb")  # noqa: SIM115 - closed by `finish` or `abort`
+        self._shard = ShardWriter(self._file, chunks)
+        self.append = self._shard.append
+        self.finish = self._shard.finish
+
+    def abort(self) -> None:
+        with suppress(OSError):  # closing flushes, and the disk may be full
+            self._file.close()
+        self.temporary.unlink(missing_ok=True)
 
 
 class PartWriter:
@@ -37,47 +56,48 @@ class PartWriter:
         self._folder = folder
         self._layout = layout
         self._part = part
-        self._target = folder / layout.shard_key(part.number)
-        self._temporary = temporary_name(folder / FOLDER / f"{part.number:06d}.shard")
         self._stats = RunningStats(layout.latent_shape)
         self._checksums: list[list[int] | None] = []
         self._index: dict[str, list[Any]] = {column: [] for column in COLUMNS}
-        self._file: BinaryIO | None = None
+        self._shards: list[_ShardFile] = []
         with self._naming_a_full_disk():
-            make_folder(self._temporary.parent)
-            make_folder(self._target.parent)
-            self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by `publish` or `abort`
-        self._shard = ShardWriter(self._file, layout.rows_per_part * layout.views)
+            for array in layout.arrays:
+                temporary = temporary_name(folder / FOLDER / f"{part.number:06d}.{array.name}")
+                target = folder / layout.shard_key(part.number, array.name)
+                self._shards.append(_ShardFile(temporary, target, layout.rows_per_part * layout.views))
 
     def write(self, row: int, latent: npt.NDArray[Any], **entry: Unpack[IndexRow]) -> bool:
-        """Store the views [V, C, H, W] of the part's row number `row`, converted to the stored dtype.
+        """Store the views [V, C, H, W] of the part's row number `row`, converted to the store's number format.
 
-        A latent that is not finite in that dtype becomes an invalid row. Returns whether the row is valid. float16 in
-        is cheapest for float16: numpy's conversion costs more than all the rest of this call.
+        A latent that is not finite in that format becomes an invalid row. Returns whether the row is valid.
         """
         if latent.shape != self._layout.row_shape:
             raise ValueError(f"a row is [V, C, H, W] = {self._layout.row_shape}, got {latent.shape}")
-        with np.errstate(over="ignore"):
-            stored = np.ascontiguousarray(latent, dtype=self._layout.stored_dtype)
-        if not _all_finite(stored):
+        stored = self._layout.encode(latent)
+        if stored is None:
             self.invalid(row, f"the latent is not finite in {self._layout.dtype}", **entry)
             return False
-        self._note(row, entry, None, [crc32c(view) for view in stored])
-        with self._naming_a_full_disk():
-            for view, values in enumerate(stored):
-                self._shard.append(row * self._layout.views + view, values)
-        for values in stored:
-            self._stats.add(values)
+        self.write_stored(row, stored, **entry)
         return True
+
+    def write_stored(self, row: int, stored: tuple[npt.NDArray[Any], ...], **entry: Unpack[IndexRow]) -> None:
+        """Store a row that is in the store's number format already: its views [V, ...] per array."""
+        self._note(row, entry, None, checksums(stored))
+        with self._naming_a_full_disk():
+            for shard, views in zip(self._shards, stored, strict=True):
+                for view, values in enumerate(views):
+                    shard.append(row * self._layout.views + view, compress(self._layout.compressor, values))
+        for latent in self._layout.decode(stored):
+            self._stats.add(latent)
 
     def invalid(self, row: int, reason: str, **entry: Unpack[IndexRow]) -> None:
         """Record that the part's row number `row` has no latent, and why."""
         self._note(row, entry, reason, None)
 
-    def _note(self, row: int, entry: IndexRow, reason: str | None, checksums: list[int] | None) -> None:
+    def _note(self, row: int, entry: IndexRow, reason: str | None, row_checksums: list[int] | None) -> None:
         if row != len(self._checksums) or row >= self._part.count:
             raise ValueError(f"row {row} of part {self._part.number} came in place of row {len(self._checksums)}")
-        self._checksums.append(checksums)
+        self._checksums.append(row_checksums)
         values = (entry["key"], entry["label"], entry["sha256"], entry["width"], entry["height"], reason)
         for column, value in zip(COLUMNS, values, strict=True):
             self._index[column].append(value)
@@ -88,66 +108,75 @@ class PartWriter:
             raise ValueError(f"part {self._part.number} has {self._part.count} rows, got {len(self._checksums)}")
         try:
             with self._naming_a_full_disk():
-                sha256 = self._shard.finish()
+                digests = [shard.finish() for shard in self._shards]
                 if not self._recorded():
-                    self._publish_files(sha256)
+                    self._publish_files(digests)
                 return PartRecord.load(self._folder, self._layout, self._part)
         finally:
             self.abort()
 
     def abort(self) -> None:
         """Drop what was written."""
-        with suppress(OSError):  # closing flushes, and the disk may be full
-            if self._file is not None:
-                self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        for shard in self._shards:
+            shard.abort()
 
     def _recorded(self) -> bool:
         return record_path(self._folder, self._part.number).exists()
 
-    def _publish_files(self, sha256: str) -> None:
+    def _publish_files(self, digests: list[str]) -> None:
         moments = self._stats.moments()
         try:
-            if not publish_file(self._temporary, self._target):
-                sha256, moments = self._adopt(sha256, moments)
-            self._publish_record(sha256, moments)
+            # All of them, whoever was first: what is recorded is what lies there.
+            created = [publish_file(shard.temporary, shard.target) for shard in self._shards]
+            if not all(created):
+                found = [file_sha256(shard.target) for shard in self._shards]
+                if found != digests:
+                    digests, moments = found, self._adopt()
+            self._publish_record(digests, moments)
         except FileNotFoundError:
             # `finish` of another process swept a temporary file away, which it does once all parts are recorded.
             if not self._recorded():
                 raise
 
-    def _adopt(self, sha256: str, moments: Moments) -> tuple[str, Moments]:
-        """Hash the file that has the part's name; where its values are not ours (another device), take them over."""
-        found = file_sha256(self._target)
-        if found == sha256:
-            return sha256, moments
-        shard = Shard(self._target, self._layout.rows_per_part, self._layout.views, self._layout.latent_bytes)
-        ours = [row for row, checksums in enumerate(self._checksums) if checksums is not None]
-        if shard.valid_rows.tolist() != ours:
+    def _adopt(self) -> Moments:
+        """Take over the values that lie there under the part's names and are not ours: another device made them.
+
+        Scales of one device with the codes of another differ from either by what the devices differ, in last bits.
+        """
+        there = StoredPart(self._folder, self._layout, self._part.number)
+        ours = [row for row, row_checksums in enumerate(self._checksums) if row_checksums is not None]
+        if there.valid_rows.tolist() != ours:
             raise CorruptData(
-                f"{self._target} is there without a record and holds other rows than its source gives;"
+                f"{self._shards[0].target} is there without a record and holds other rows than its source gives;"
                 " move it away and run again"
             )
         stats = RunningStats(self._layout.latent_shape)
         for row in ours:
-            views = [shard.chunk(row, view) for view in range(self._layout.views)]
-            self._checksums[row] = [crc32c(view) for view in views]
-            for view in views:
-                stats.add(view.view(self._layout.stored_dtype).reshape(self._layout.latent_shape))
-        return found, stats.moments()
+            stored = there.row(row)
+            self._checksums[row] = checksums(stored)
+            for latent in self._layout.decode(stored):
+                stats.add(latent)
+        return stats.moments()
 
-    def _publish_record(self, sha256: str, moments: Moments) -> None:
+    def _publish_record(self, digests: list[str], moments: Moments) -> None:
         path = moments_path(self._folder, self._part.number)
         if not publish_bytes(path, moments.to_bytes()) and not Moments.load(path).identical(moments):
-            raise CorruptData(f"{path} is there and does not hold the statistics of {self._target}; move it away")
+            raise CorruptData(
+                f"{path} is there and does not hold the statistics of {self._shards[0].target}; move it away"
+            )
+        sizes = [shard.target.stat().st_size for shard in self._shards]
+        has_scales = len(self._shards) > 1
         record = PartRecord(
             part=self._part.number,
             source_shard=self._part.source_shard,
             first_sample=self._part.first_sample,
             slots=self._part.count,
             shard_key=self._layout.shard_key(self._part.number),
-            bytes=self._target.stat().st_size,
-            sha256=sha256,
+            bytes=sizes[0],
+            sha256=digests[0],
+            scales_bytes=sizes[1] if has_scales else None,
+            scales_sha256=digests[1] if has_scales else None,
+            compressor=self._layout.compressor,
             statistics=str(path.relative_to(self._folder)),
             statistics_sha256=file_sha256(path),
             row_crc32c=self._checksums,
@@ -176,10 +205,3 @@ class PartWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.abort()
-
-
-def _all_finite(values: npt.NDArray[Any]) -> bool:
-    """`np.isfinite(values).all()`, twenty times faster for float16: an exponent of all ones is inf or NaN."""
-    bits = values.view(f"<u{values.dtype.itemsize}")
-    exponent = bits.dtype.type(0x7C00 if values.dtype.itemsize == 2 else 0x7F80_0000)
-    return bool((bits & exponent).max() != exponent)

@@ -3,19 +3,22 @@
 A *part* covers consecutive samples of one source shard and is one Zarr shard of shape [R, V, C, H, W]. The array
 `latents` has shape [N, V, C, H, W], where N counts *slots*, R for every part: sample `i` of a part has the slot
 `number * R + i`, and the slots behind the last sample are padding. The layout follows from the numbers of samples in
-the ordered source shards and R, so whoever takes a part knows its place without asking anyone.
+the ordered source shards and R, so whoever takes a part knows its place without asking anyone. int8 latents have their
+scales in a second array `scales` [N, V, C, 1, 1], laid out alike.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Self, get_args
 
-import numpy as np
+import numpy.typing as npt
 
+from rae.store import compression, formats
+from rae.store.compression import Compressor
 from rae.store.errors import ConfigError, CorruptData
-
-Dtype = Literal["float16", "float32"]
+from rae.store.formats import ARRAYS, Dtype, StoredArray
 
 GROUP_FILE = "zarr.json"
 ARRAY_FILE = "latents/zarr.json"
@@ -58,13 +61,20 @@ class LatentLayout:
     width: int
     rows_per_part: int
     dtype: Dtype = "float16"
+    compressor: Compressor = "none"
 
     def __post_init__(self) -> None:
         sizes = (self.views, *self.latent_shape, self.rows_per_part)
         if min(sizes) < 1:
             raise ConfigError(f"latents need positive sizes, got views, C, H, W, rows per part = {sizes}")
-        if self.dtype not in get_args(Dtype):
-            raise ConfigError(f"latents are stored as {' or '.join(get_args(Dtype))}, not as {self.dtype}")
+        for what, value, known in (
+            ("stored as", self.dtype, get_args(Dtype)),
+            ("compressed with", self.compressor, get_args(Compressor)),
+        ):
+            if value not in known:
+                raise ConfigError(f"latents are {what} {', '.join(known[:-1])} or {known[-1]}, not {value}")
+        for array in self.arrays:
+            compression.zarr_codecs(self.compressor, array)  # refuses what does not go together
 
     @staticmethod
     def default_rows_per_part(views: int) -> int:
@@ -82,50 +92,69 @@ class LatentLayout:
         return (self.views, *self.latent_shape)
 
     @property
-    def stored_dtype(self) -> np.dtype[Any]:
-        """Little-endian, whatever the machine."""
-        return np.dtype(self.dtype).newbyteorder("<")
+    def arrays(self) -> tuple[StoredArray, ...]:
+        """`latents`, and for int8 `scales`."""
+        return ARRAYS[self.dtype]
+
+    def chunk_shape(self, array: StoredArray) -> tuple[int, int, int]:
+        """What an array holds of one latent: (C, H, W), or (C, 1, 1) for scales."""
+        return (self.channels, 1, 1) if array.channelwise else self.latent_shape
+
+    def chunk_bytes(self, array: StoredArray) -> int:
+        """Size of that before compression."""
+        return math.prod(self.chunk_shape(array)) * array.dtype.itemsize
 
     @property
     def latent_bytes(self) -> int:
-        """Size of one view of one sample."""
-        return self.channels * self.height * self.width * self.stored_dtype.itemsize
+        """Size of one view of one sample in all arrays, before compression."""
+        return sum(self.chunk_bytes(array) for array in self.arrays)
 
-    def shard_key(self, number: int) -> str:
+    def encode(self, latents: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...] | None:
+        """What is stored of float latents [..., C, H, W], per array; None if they are not finite in this format."""
+        return formats.encode(self.dtype, latents)
+
+    def decode(self, stored: tuple[npt.NDArray[Any], ...]) -> npt.NDArray[Any]:
+        """The latents [..., C, H, W] that stored arrays stand for: float16 for float16, else float32."""
+        return formats.decode(self.dtype, stored)
+
+    def shard_key(self, number: int, array: str = "latents") -> str:
         """Path of a part's Zarr shard below the store's folder."""
-        return f"latents/c/{number}/0/0/0/0"
+        return f"{array}/c/{number}/0/0/0/0"
 
-    def array_metadata(self, slots: int) -> dict[str, Any]:
-        """`latents/zarr.json`: a Zarr v3 array of `slots` rows, sharded by part, one inner chunk per latent.
+    def shard_keys(self, number: int) -> tuple[str, ...]:
+        """Paths of all Zarr shards of a part, in the order of `arrays`."""
+        return tuple(self.shard_key(number, array.name) for array in self.arrays)
 
-        The fill value is NaN, so that nothing missing reads as zeros.
-        """
-        little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    def array_metadata(self, slots: int, array: StoredArray | None = None) -> dict[str, Any]:
+        """`zarr.json` of an array (`latents`): `slots` rows in Zarr v3, sharded by part, one inner chunk per latent."""
+        array = array or self.arrays[0]
+        chunk = self.chunk_shape(array)
         sharding = {
-            "chunk_shape": [1, 1, *self.latent_shape],
-            "codecs": [little_endian],
-            "index_codecs": [little_endian, {"name": "crc32c"}],
+            "chunk_shape": [1, 1, *chunk],
+            "codecs": compression.zarr_codecs(self.compressor, array),
+            "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
             "index_location": "end",
         }
         return {
             "zarr_format": 3,
             "node_type": "array",
-            "shape": [slots, *self.row_shape],
-            "data_type": self.dtype,
+            "shape": [slots, self.views, *chunk],
+            "data_type": array.data_type,
             "chunk_grid": {
                 "name": "regular",
-                "configuration": {"chunk_shape": [self.rows_per_part, *self.row_shape]},
+                "configuration": {"chunk_shape": [self.rows_per_part, self.views, *chunk]},
             },
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": "NaN",
+            "fill_value": array.fill_value,
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             "dimension_names": ["slot", "view", "channel", "height", "width"],
-            "attributes": {},
+            "attributes": dict(array.attributes),
         }
 
     def metadata_files(self, slots: int) -> dict[str, bytes]:
         """The Zarr metadata of a store of `slots` rows, by path below its folder."""
-        metadata = {GROUP_FILE: GROUP_METADATA, ARRAY_FILE: self.array_metadata(slots)}
+        metadata = {GROUP_FILE: GROUP_METADATA}
+        metadata |= {f"{array.name}/zarr.json": self.array_metadata(slots, array) for array in self.arrays}
         return {path: (json.dumps(value, indent=1) + "\n").encode() for path, value in metadata.items()}
 
     @classmethod
@@ -134,12 +163,19 @@ class LatentLayout:
         try:
             slots, *row_shape = (int(size) for size in metadata["shape"])
             rows_per_part = int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0])
+            codecs = metadata["codecs"][0]["configuration"]["codecs"]
             views, channels, height, width = row_shape
-            layout = cls(views, channels, height, width, rows_per_part, cast(Dtype, metadata["data_type"]))
-        except (KeyError, TypeError, ValueError, IndexError, ConfigError) as error:
+            dtype = metadata["attributes"].get("rae_dtype", metadata["data_type"])
+            layout = cls(views, channels, height, width, rows_per_part, dtype, _compressor(codecs))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError) as error:
             raise CorruptData(f"{where} does not describe a latent store ({type(error).__name__}: {error})") from error
         expected = layout.array_metadata(slots)
-        foreign = [key for key in expected if key != "attributes" and metadata.get(key) != expected[key]]
-        if foreign:
+        if foreign := [key for key in expected if metadata.get(key) != expected[key]]:
             raise CorruptData(f"{where} describes an array that rae did not lay out: its {', '.join(foreign)} differ")
         return layout, slots
+
+
+def _compressor(codecs: Sequence[Mapping[str, Any]]) -> Any:
+    """The compressor by its codec's name in Zarr metadata; `LatentLayout` refuses what it does not know."""
+    name = str(codecs[-1]["name"])
+    return "none" if name == "bytes" else name.removeprefix("numcodecs.")

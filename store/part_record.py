@@ -1,7 +1,7 @@
 """The record of a finished part, `parts/NNNNNN.json`: written last, so that a part is done exactly if it exists.
 
-The rows are kept by column. `row_crc32c` holds, per row, the crc32c of each view's stored bytes, or null for a row
-that has no latent; `index.reason` says why.
+The rows are kept by column. `row_crc32c` holds, per row, the crc32c of each view's bytes before compression (of int8
+latents the codes, then the scales), or null for a row that has no latent; `index.reason` says why.
 """
 
 import hashlib
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
-from rae.store.errors import CorruptData, MissingInput
+from rae.store.errors import CorruptData, MissingInput, StaleInput
 from rae.store.layout import LatentLayout, Part
 from rae.store.manifest import canonical
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = "parts"
 COLUMNS = {"key": str, "label": int, "image_sha256": str, "width": int, "height": int, "reason": str}
 
@@ -65,6 +65,9 @@ class PartRecord:
     shard_key: str
     bytes: int
     sha256: str
+    scales_bytes: int | None  # of int8 latents alone
+    scales_sha256: str | None
+    compressor: str
     statistics: str  # file of the part's moments, below the store's folder
     statistics_sha256: str
     row_crc32c: list[list[int] | None]
@@ -74,6 +77,14 @@ class PartRecord:
     def rows(self) -> int:
         """How many rows have a latent."""
         return sum(checksums is not None for checksums in self.row_crc32c)
+
+    @property
+    def shards(self) -> tuple[tuple[int, str], ...]:
+        """Bytes and sha256 of the part's shard in each array."""
+        latents = (self.bytes, self.sha256)
+        if self.scales_bytes is None or self.scales_sha256 is None:
+            return (latents,)
+        return (latents, (self.scales_bytes, self.scales_sha256))
 
     def content(self) -> str:
         """Digest of what a reader sees of the part: index rows and checksums of decoded latents, not files."""
@@ -86,7 +97,8 @@ class PartRecord:
     def load(cls, folder: Path, layout: LatentLayout, part: Part) -> Self:
         """Read a part's record and hold it against the plan.
 
-        `MissingInput` if there is none; `CorruptData`, naming it, if it is damaged or records another part.
+        `MissingInput` if there is none; `CorruptData`, naming it, if it is damaged or records another part;
+        `StaleInput` if the part is compressed in another way.
         """
         path = record_path(folder, part.number)
         try:
@@ -109,7 +121,15 @@ class PartRecord:
         if differing:
             raise CorruptData(f"{path} records another part than planned ({'; '.join(differing)})")
         _check_rows(value, layout.views, path)
-        return cls(**value)
+        record = cls(**value)
+        if record.compressor != layout.compressor:
+            raise StaleInput(
+                f"{path} records a part compressed with `{record.compressor}`, and `{layout.compressor}` is asked for;"
+                " `encode.compressor` can't change while an encode is unfinished"
+            )
+        if len(record.shards) != len(layout.arrays):
+            raise CorruptData(f"{path} lists {len(record.shards)} shards, and {layout.dtype} latents have others")
+        return record
 
 
 def _check_rows(value: Mapping[str, Any], views: int, path: Path) -> None:
@@ -119,6 +139,8 @@ def _check_rows(value: Mapping[str, Any], views: int, path: Path) -> None:
     good = (
         isinstance(value["bytes"], int)
         and isinstance(value["sha256"], str)
+        and isinstance(value["scales_bytes"], int | None)
+        and isinstance(value["scales_sha256"], str | None)
         and all(isinstance(index[name], list) and len(index[name]) == len(row_crc32c) for name in COLUMNS)
         and all(one is None or type(one) is kind for name, kind in COLUMNS.items() for one in index[name])
         and all(

@@ -2,8 +2,8 @@
 
 The codec is `sharding_indexed` with its index at the end (Zarr v3 core specification, "sharding codec" 1.0): inner
 chunks, then a table of little-endian (offset, bytes) per chunk in which 2^64 - 1 stands for a chunk that is not there,
-then the crc32c of that table. Inner chunks here are one latent each, uncompressed, one after another from offset 0:
-where a latent's size is a multiple of 4096 bytes, each lies on a page boundary.
+then the crc32c of that table. Inner chunks here are one latent each, one after another from offset 0: uncompressed and
+of a multiple of 4096 bytes, each lies on a page boundary.
 """
 
 import hashlib
@@ -23,9 +23,12 @@ _CRC_BYTES = 4
 _HASH_BLOCK = 1 << 22
 
 
-def crc32c(array: npt.NDArray[Any]) -> int:
-    """The crc32c of a C-contiguous array's bytes."""
-    return int(google_crc32c.value(array.reshape(-1).view(np.uint8)))
+def crc32c(*arrays: npt.NDArray[Any]) -> int:
+    """The crc32c of the bytes of C-contiguous arrays, one after another."""
+    checksum = 0
+    for array in arrays:
+        checksum = google_crc32c.extend(checksum, array.reshape(-1).view(np.uint8))
+    return int(checksum)
 
 
 def file_sha256(path: Path) -> str:
@@ -58,10 +61,10 @@ class ShardWriter:
         self._sha256 = hashlib.sha256()
         self.bytes_written = 0
 
-    def append(self, chunk: int, values: npt.NDArray[Any]) -> None:
-        """Write inner chunk number `chunk` (C order over the shard's chunks), C-contiguous, in the stored dtype."""
-        self._index[chunk] = (self.bytes_written, values.nbytes)
-        self._write(values)
+    def append(self, chunk: int, data: npt.NDArray[np.uint8]) -> None:
+        """Write the bytes of inner chunk number `chunk` (C order over the shard's chunks)."""
+        self._index[chunk] = (self.bytes_written, data.nbytes)
+        self._write(data)
 
     def finish(self) -> str:
         """Write the index behind the chunks, flush to the disk and close; returns the sha256 of the whole file."""
@@ -72,8 +75,7 @@ class ShardWriter:
         self._file.close()
         return self._sha256.hexdigest()
 
-    def _write(self, values: npt.NDArray[Any]) -> None:
-        data = values.reshape(-1).view(np.uint8)
+    def _write(self, data: npt.NDArray[np.uint8]) -> None:
         self._file.write(data.data)
         self._sha256.update(data.data)
         self.bytes_written += data.nbytes
@@ -83,10 +85,10 @@ class Shard:
     """A shard file open for reading: its index, checked once, and a read-only memory map.
 
     Raises `MissingInput` where there is no file and `CorruptData`, naming the file, where it is not a whole shard of
-    `rows` x `views` chunks of `chunk_bytes` bytes each.
+    `rows` x `views` chunks of `chunk_bytes` bytes each; of any size if None, which is what compressed chunks are.
     """
 
-    def __init__(self, path: Path, rows: int, views: int, chunk_bytes: int) -> None:
+    def __init__(self, path: Path, rows: int, views: int, chunk_bytes: int | None) -> None:
         self.path = path
         index_bytes = rows * views * 16 + _CRC_BYTES
         try:
@@ -102,18 +104,16 @@ class Shard:
         if crc32c(index) != int.from_bytes(footer[-_CRC_BYTES:], "little"):
             raise CorruptData(f"{path} is truncated or damaged: the checksum of its index does not hold")
         self._check_index(index, size - index_bytes, chunk_bytes)
-        self._offsets = index[..., 0]
-        self._views = views
-        self._chunk_bytes = chunk_bytes
+        self._offsets, self._sizes = index[..., 0], index[..., 1]
 
-    def _check_index(self, index: npt.NDArray[np.uint64], payload: int, chunk_bytes: int) -> None:
+    def _check_index(self, index: npt.NDArray[np.uint64], payload: int, chunk_bytes: int | None) -> None:
         present = index[..., 0] != ABSENT
         offsets, sizes = index[present].T
-        if not (present == present[:, :1]).all() or (sizes != chunk_bytes).any():
-            raise CorruptData(
-                f"{self.path} is not a shard of latents of {chunk_bytes} bytes, all views of a row or none"
-            )
-        if payload < chunk_bytes * offsets.size or (offsets > max(0, payload - chunk_bytes)).any():
+        wrong = (sizes != chunk_bytes).any() if chunk_bytes is not None else (sizes > payload).any()
+        if not (present == present[:, :1]).all() or wrong:
+            expected = "compressed latents" if chunk_bytes is None else f"latents of {chunk_bytes} bytes"
+            raise CorruptData(f"{self.path} is not a shard of {expected}, all views of a row or none")
+        if (offsets > payload).any() or (offsets > payload - sizes).any():  # `sizes` are at most `payload` here
             raise CorruptData(f"{self.path} is truncated: its index points behind its {payload} bytes of latents")
 
     @property
@@ -122,15 +122,15 @@ class Shard:
         return np.flatnonzero(self._offsets[:, 0] != ABSENT)
 
     def chunk(self, row: int, view: int) -> npt.NDArray[np.uint8]:
-        """The bytes of one latent, in the map; `CorruptData` if the slot is empty."""
-        return np.frombuffer(self._map, np.uint8, self._chunk_bytes, self._offset(row, view))
+        """The stored bytes of one latent, in the map; `CorruptData` if the slot is empty."""
+        return np.frombuffer(self._map, np.uint8, int(self._sizes[row, view]), self._offset(row, view))
 
     def announce(self, row: int, view: int) -> None:
         """Ask the system to read one latent ahead; returns at once."""
         if hasattr(mmap, "MADV_WILLNEED"):
             offset = self._offset(row, view)
             start = offset - offset % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, start, offset + self._chunk_bytes - start)
+            self._map.madvise(mmap.MADV_WILLNEED, start, offset + int(self._sizes[row, view]) - start)
 
     def _offset(self, row: int, view: int) -> int:
         offset = self._offsets[row, view]

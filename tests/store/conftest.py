@@ -20,7 +20,7 @@ class Given:
     layout: LatentLayout
     parts: list[Part]
     sources: list[str]
-    latents: np.ndarray
+    latents: np.ndarray  # as the store gives them back
     invalid: frozenset[int]  # slots
 
     def entry(self, slot: int) -> IndexRow:
@@ -66,14 +66,17 @@ def given_latents(
     dtype: str = "float16",
     invalid: Iterable[int] = (2, 9),
     seed: int = 0,
+    compressor: str = "none",
 ) -> Given:
     views, channels, height, width = shape
-    layout = LatentLayout(views, channels, height, width, rows_per_part, dtype)  # type: ignore[arg-type]
+    layout = LatentLayout(views, channels, height, width, rows_per_part, dtype, compressor)  # type: ignore[arg-type]
     parts = plan_parts(samples, rows_per_part)
-    latents = np.full((len(parts) * rows_per_part, *shape), np.nan, dtype)
+    latents = np.full((len(parts) * rows_per_part, *shape), np.nan, "float16" if dtype == "float16" else "float32")
     for part in parts:
         numbers = np.random.default_rng([seed, part.number]).normal(0.5, 2, (part.count, *shape))
-        latents[part.first_slot : part.first_slot + part.count] = numbers
+        stored = layout.encode(numbers)
+        assert stored is not None
+        latents[part.first_slot : part.first_slot + part.count] = layout.decode(stored)
     latents[list(invalid)] = np.nan
     sources = [f"{shard:02x}" * 32 for shard in range(len(samples))]
     return Given(layout, parts, sources, latents, frozenset(invalid))

@@ -90,11 +90,12 @@ def test_the_index_has_a_line_per_slot(tmp_path: Path, given) -> None:
     assert [part["source_sha256"] for part in parts] == [latents.sources[shard] for shard in (0, 0, 1, 2)]
 
 
-def test_the_summary_counts_and_lists_every_file(tmp_path: Path, given) -> None:
-    summary = given().write(tmp_path)
+def test_the_summary_counts_and_lists_the_files_of_the_whole_store(tmp_path: Path, given) -> None:
+    summary = given(dtype="int8").write(tmp_path)
     assert (summary.rows, summary.invalid_rows, summary.reasons) == (10, 2, {"not an image": 2})
-    assert summary.bytes == sum(path.stat().st_size for path in tmp_path.glob("latents/c/*/0/0/0/0"))
-    assert sorted(summary.files) == sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert summary.bytes == sum(path.stat().st_size for path in tmp_path.glob("*/c/*/0/0/0/0"))
+    of_parts = {path for folder in ("parts", "latents/c", "scales/c") for path in (tmp_path / folder).rglob("*")}
+    assert sorted(summary.files) == sorted({path for path in tmp_path.rglob("*") if path.is_file()} - of_parts)
 
 
 # ---- parts in any order ----------------------------------------------------------------------------------------------
