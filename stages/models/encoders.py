@@ -32,7 +32,10 @@ __all__ = ["Encoder", "EncoderInfo", "describe", "encoder_geometry", "load_encod
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What an encoder is, as manifests record it. `grid` is (rows, columns); `mean` and `std` are of [0, 1] pixels."""
+    """What an encoder is, as manifests record it. `grid` is (rows, columns); `mean` and `std` are of [0, 1] pixels.
+
+    Without a `digest` it is asserted and not verified: its weights were not at hand.
+    """
 
     name: str
     kind: EncoderKind
@@ -41,8 +44,13 @@ class EncoderInfo:
     input_size: int
     mean: Triple
     std: Triple
-    digest: str
+    digest: str | None
     feature_index: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready: name, kind, token_dim, grid, input_size, mean, std, digest, feature_index."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 class Encoder(nn.Module):
@@ -94,9 +102,8 @@ class Encoder(nn.Module):
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
-    """JSON-ready: name, kind, token_dim, grid, input_size, mean, std, digest, feature_index."""
-    values = dataclasses.asdict(encoder.info)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    """What an encoder is, as JSON; see `EncoderInfo`."""
+    return encoder.info.to_json()
 
 
 def load_encoder(

@@ -1,5 +1,6 @@
 """Weights on the disk: safetensors only, strict on loading, with a digest over names and bytes."""
 
+import difflib
 import hashlib
 import os
 import re
@@ -11,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rae.store.errors import CorruptData
+
+_SHOWN_FAULTS = 5
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -41,15 +44,27 @@ def read_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CorruptData(f"{path} is not a readable safetensors file ({error})") from error
-    faults = [f"lacks `{name}`" for name in own.keys() - state.keys()]
-    faults += [f"has the unknown `{name}`" for name in state.keys() - own.keys()]
-    for name in own.keys() & state.keys():
+    check_weights(state, own, str(path))
+    return state
+
+
+def check_weights(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+    """`CorruptData` unless `state` has the names and shapes of `own`: it names what differs, and what was meant."""
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    faults = [f"has the unknown `{name}`{_meant(name, missing)}" for name in unknown[:_SHOWN_FAULTS]]
+    faults += unknown[_SHOWN_FAULTS:]  # only counted: looking for what each was meant to be takes long
+    for name in sorted(own.keys() & state.keys()):
         if own[name].shape != state[name].shape:
             faults.append(f"holds `{name}` as {list(state[name].shape)} where {list(own[name].shape)} is needed")
+    faults += [f"lacks `{name}`" for name in missing]
     if faults:
-        shown = "; ".join(sorted(faults)[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-        raise CorruptData(f"{path} does not fit this model: it {shown}")
-    return state
+        more = [f"and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []
+        raise CorruptData(f"{where} does not fit this model: it {'; '.join([*faults[:_SHOWN_FAULTS], *more])}")
+
+
+def _meant(name: str, missing: list[str]) -> str:
+    close = difflib.get_close_matches(name, missing, n=1)
+    return f" (did you mean `{close[0]}`?)" if close else ""
 
 
 def digest_weights(state: Mapping[str, Tensor]) -> str:

@@ -2,6 +2,8 @@
 
 decoder.json, model.safetensors, ema.safetensors
 dit.json, model.safetensors, ema.safetensors, latent_stats.safetensors
+
+What was imported has one set of weights, ema.safetensors, and an imported decoder may have latent_stats.safetensors.
 """
 
 import hashlib
@@ -19,12 +21,12 @@ from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.encoders import Encoder
 from rae.stages.models.saving import digest_weights, load_weights, read_weights, save_weights
 from rae.stages.models.transport import Transport, create_transport
-from rae.store.errors import CorruptData, StaleInput
+from rae.store.errors import CorruptData, MissingInput, StaleInput
 from rae.store.manifest import Json, canonical, differing_fields
 
 Weights = Literal["ema", "model"]
 # What two encoders must share for one's latents to be read by a decoder trained on the other's.
-_SAME_TOKENS = ("digest", "feature_index", "input_size", "token_dim", "grid")
+_SAME_TOKENS = ("feature_index", "input_size", "token_dim", "grid")
 
 
 class Decoder(nn.Module):
@@ -49,7 +51,7 @@ class Decoder(nn.Module):
         """Read what `save_decoder` wrote."""
         about = _read_json(folder / "decoder.json", "config", "encoder")
         model = ViTDecoder(DecoderConfig.from_dict(about["config"]))
-        load_weights(model, folder / f"{weights}.safetensors")
+        load_weights(model, _weights_file(folder, weights))
         return cls(model, about["encoder"]).to(device)
 
 
@@ -97,11 +99,9 @@ class Dit(nn.Module):
         """Read what `save_dit` wrote."""
         about = DitDescription.from_json(_read_json(folder / "dit.json", "config", "transport", "encoder", "classes"))
         model = build_dit(about.config)
-        load_weights(model, folder / f"{weights}.safetensors")
-        side = about.config.input_size
-        shape = torch.empty(about.config.in_channels, side, side)
-        stats = read_weights(folder / "latent_stats.safetensors", {"mean": shape, "var": shape})
-        return cls(model, about, **stats).to(device)
+        load_weights(model, _weights_file(folder, weights))
+        mean, var = read_latent_stats(folder, about.config.in_channels, about.config.input_size)
+        return cls(model, about, mean, var).to(device)
 
 
 @dataclass(frozen=True)
@@ -153,33 +153,64 @@ class Autoencoder(nn.Module):
 
 
 def save_decoder(
-    folder: Path, config: DecoderConfig, encoder: Json, model: Mapping[str, Tensor], ema: Mapping[str, Tensor]
+    folder: Path,
+    config: DecoderConfig,
+    encoder: Json,
+    model: Mapping[str, Tensor] | None,
+    ema: Mapping[str, Tensor],
+    stats: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[tuple[Path, ...], str]:
-    """Write a decoder's payload; returns its files and its content digest."""
+    """Write a decoder's payload; returns its files and its content digest.
+
+    `model` is None where there is one set of weights. `stats` are the (mean, var) [C, H, W] of its tokens, for those
+    who bring a transformer to it: the decoder itself reads raw tokens.
+    """
     about = {"config": config.to_dict(), "encoder": encoder}
-    return _save(folder, "decoder.json", about, {"model": model, "ema": ema})
+    return _save(folder, "decoder.json", about, {"model": model, "ema": ema, "latent_stats": _named(stats)})
 
 
 def save_dit(
     folder: Path,
     about: DitDescription,
     stats: tuple[Tensor, Tensor],
-    model: Mapping[str, Tensor],
+    model: Mapping[str, Tensor] | None,
     ema: Mapping[str, Tensor],
 ) -> tuple[tuple[Path, ...], str]:
-    """Write a transformer's payload with the (mean, var) [C, H, W] that whiten its latents."""
-    tensors = {"model": model, "ema": ema, "latent_stats": {"mean": stats[0], "var": stats[1]}}
-    return _save(folder, "dit.json", about.to_json(), tensors)
+    """Write a transformer's payload with the (mean, var) [C, H, W] that whiten its latents.
+
+    `model` is None where there is one set of weights.
+    """
+    return _save(folder, "dit.json", about.to_json(), {"model": model, "ema": ema, "latent_stats": _named(stats)})
+
+
+def read_latent_stats(folder: Path, channels: int, side: int) -> tuple[Tensor, Tensor]:
+    """The (mean, var) [C, H, W] beside a model's weights."""
+    shape = torch.empty(channels, side, side, device="meta")
+    stats = read_weights(folder / "latent_stats.safetensors", {"mean": shape, "var": shape})
+    return stats["mean"], stats["var"]
+
+
+def _named(stats: tuple[Tensor, Tensor] | None) -> dict[str, Tensor] | None:
+    return None if stats is None else {"mean": stats[0], "var": stats[1]}
+
+
+def _weights_file(folder: Path, weights: Weights) -> Path:
+    path = folder / f"{weights}.safetensors"
+    if weights == "model" and not path.exists():
+        raise MissingInput(f"{folder} was imported with one set of weights: ask for `ema` instead of `model`")
+    return path
 
 
 def _save(
-    folder: Path, name: str, about: Json, groups: Mapping[str, Mapping[str, Tensor]]
+    folder: Path, name: str, about: Json, groups: Mapping[str, Mapping[str, Tensor] | None]
 ) -> tuple[tuple[Path, ...], str]:
-    """The files, and one digest over the description and every group of tensors."""
+    """The files, and one digest over the description and every group of tensors that there is."""
     paths = [folder / name]
     paths[0].write_text(json.dumps(about, indent=1, sort_keys=True))
     digests: Json = {"about": about}
     for group, tensors in groups.items():
+        if tensors is None:
+            continue
         paths.append(folder / f"{group}.safetensors")
         save_weights(paths[-1], tensors)
         digests[group] = digest_weights(tensors)
@@ -192,10 +223,20 @@ def read_encoder(latents: Path) -> Json:
 
 
 def check_compatible(maker: Json, decoder: Json, who: str = "the transformer") -> None:
-    """Refuse a decoder that reads other tokens than `who` makes; both are encoders' descriptions."""
-    asked, found = ({key: one.get(key) for key in _SAME_TOKENS} for one in (maker, decoder))
+    """Refuse a decoder that reads other tokens than `who` makes; both are encoders' descriptions.
+
+    Where one of them does not know its encoder's digest, their names are compared.
+    """
+    verified = all(one.get("digest") for one in (maker, decoder))
+    asked, found = (_identity(one, verified) for one in (maker, decoder))
     if fields := "; ".join(differing_fields(asked, found, "encoder")):
         raise StaleInput(f"the decoder reads other latents than {who} makes ({fields})")
+
+
+def _identity(encoder: Json, verified: bool) -> Json:
+    # A folder goes by its last part, so that a hub id and a copy of it are one.
+    weights = {"digest": encoder["digest"]} if verified else {"name": str(encoder.get("name")).rpartition("/")[2]}
+    return weights | {key: encoder.get(key) for key in _SAME_TOKENS}
 
 
 def _read_json(path: Path, *keys: str) -> Json:
