@@ -27,7 +27,7 @@ def official_command(
     restart: Restart = False,
 ) -> None:
     """Import a decoder, a DiT, or the discriminator's backbone: told apart by their tensors, loaded strictly."""
-    from rae.pipeline.imports import Official, import_official
+    from rae.pipeline.import_official import Official, import_official
     from rae.store.artifacts import Workspace
 
     official = Official(file, name, out, stats, encoder, config, weights)

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rae.stages.models.decoder import VIT_SIZES, DecoderConfig, ViTDecoder
+from rae.stages.models.decoder import DecoderConfig, ViTDecoder
 from rae.stages.models.discriminator import BACKBONES, DinoDiscriminator
 from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.saving import check_weights
+from rae.stages.models.sizes import VIT_SIZES
 from rae.store.errors import ConfigError, CorruptData, MissingInput
 from rae.store.manifest import Json
 
@@ -231,8 +232,9 @@ def _dit_from_shapes(checkpoint: Checkpoint) -> DiTConfig:
 
 def _mlp_ratio(path: Path, widths: list[int], hidden: list[int]) -> float:
     """The roundest ratio r for which every block's hidden width is 2/3 of r times its width, rounded down."""
-    for digits in range(4):
-        ratio = round(1.5 * hidden[0] / widths[0], digits) if widths else 0.0
+    least = max((1.5 * one / width for width, one in zip(widths, hidden, strict=True)), default=0.0)
+    for scale in (1, 10, 100, 1000):
+        ratio = math.ceil(least * scale - 1e-6) / scale
         if all(int(2 / 3 * int(width * ratio)) == one for width, one in zip(widths, hidden, strict=True)):
             return ratio
     raise ConfigError(f"the MLP ratio of the blocks in {path} is no round number: name its YAML file with `--config`")

@@ -1,0 +1,157 @@
+"""`rae import official`: models of the release (`bytetriper/RAE`), told apart by their tensors."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rae.pipeline.imports import import_artifact
+from rae.pipeline.official_yaml import decoder_heads, dit_settings, encoder_name, read_mapping, transport_settings
+from rae.pipeline.plan import Stage
+from rae.pipeline.runner import Options, Outcome
+from rae.stages.job import Job, Result
+from rae.stages.models.weights import digest_file
+from rae.stages.sections import EncodeSection
+from rae.store.artifacts import Workspace, check_name
+from rae.store.errors import ConfigError, MissingInput
+from rae.store.manifest import Json
+
+if TYPE_CHECKING:
+    from rae.stages.models.official import Checkpoint
+
+
+@dataclass(frozen=True)
+class Official:
+    """A file of the official release and what a person says of it: the options of `rae import official`."""
+
+    file: Path
+    name: str | None = None
+    out: Path | None = None
+    stats: Path | None = None
+    encoder: str | None = None
+    config: Path | None = None
+    weights: Literal["ema", "model"] | None = None
+
+    @property
+    def given(self) -> Json:
+        """What the configuration file says; an empty mapping without one."""
+        return read_mapping(self.config) if self.config else {}
+
+    @property
+    def files(self) -> dict[str, Path]:
+        return {"weights": self.file} | ({"stats": self.stats} if self.stats else {})
+
+    def describe_encoder(self, token_dim: int, grid: int) -> Json:
+        from rae.stages.models.official_encoder import describe_encoder
+
+        default = str(EncodeSection.model_fields["encoder"].default)
+        return describe_encoder(self.encoder or encoder_name(self.given) or default, token_dim, grid)
+
+
+def import_official(official: Official, workspace: Workspace, options: Options) -> Json:
+    """Import a decoder or transformer as an artifact, or the discriminator's backbone as a file; what `--json` prints.
+
+    Raises:
+        ConfigError: the kind of model needs another option, or its shapes leave open what `config` must say.
+        MissingInput: a file that is not there, statistics that a transformer needs, an encoder that nobody knows.
+        StaleInput: an encoder of other tokens.
+        CorruptData: the file is no checkpoint of these models.
+    """
+    from rae.stages.models.official import read_checkpoint
+
+    checkpoint = read_checkpoint(official.file, official.weights)
+    if checkpoint.kind == "backbone":
+        return _import_backbone(official, checkpoint, options)
+    if official.out is not None or official.name is None:
+        raise ConfigError(
+            f"{official.file} holds a {checkpoint.kind}, which becomes an artifact: name it with `--name`"
+        )
+    check_name(official.name)
+    outcome = (_import_decoder if checkpoint.kind == "decoder" else _import_dit)(
+        official, official.name, checkpoint, workspace, options
+    )
+    return outcome.to_json()
+
+
+def _import_decoder(
+    official: Official, name: str, checkpoint: "Checkpoint", workspace: Workspace, options: Options
+) -> Outcome:
+    from rae.stages.models.official import infer_decoder, latent_size, read_stats
+    from rae.stages.models.trained import save_decoder
+
+    channels, side = latent_size(checkpoint)
+    encoder = official.describe_encoder(channels, side)
+    config = infer_decoder(checkpoint, encoder, *(decoder_heads(official.given, str(official.config)) or ()))
+    stats = read_stats(official.stats, (channels, side, side)) if official.stats else None
+    _say_encoder(encoder, options)
+
+    def write(job: Job) -> Result:
+        files, content = save_decoder(job.folder, config, encoder, None, checkpoint.state, stats)
+        return Result(content, {"parameters": checkpoint.parameters, "image_size": config.image_size}, files)
+
+    settings = {"config": config.to_dict(), "encoder": encoder, "weights": checkpoint.weights}
+    stage = Stage("import official", "decoder", version=1)
+    return import_artifact(workspace, stage, name, settings, official.files, write, options)
+
+
+def _import_dit(
+    official: Official, name: str, checkpoint: "Checkpoint", workspace: Workspace, options: Options
+) -> Outcome:
+    from rae.stages.models.dit import DiTConfig
+    from rae.stages.models.official import infer_dit, latent_size, read_stats
+    from rae.stages.models.trained import DitDescription, save_dit
+    from rae.stages.models.transport import auto_shift, create_transport
+
+    if official.stats is None:
+        raise MissingInput(
+            "a transformer's latents are whitened, and the mean and variance that do it lie in the release's stat.pt",
+            shlex.join(["rae", "import", "official", str(official.file), "--name", name, "--stats", "stat.pt"]),
+        )
+    channels, side = latent_size(checkpoint)
+    shape = (channels, side, side)
+    stats, encoder, given = read_stats(official.stats, shape), official.describe_encoder(channels, side), official.given
+    where = str(official.config)
+    known = DiTConfig.from_dict(dit_settings(given["stage_2"], where)) if "stage_2" in given else None
+    defaults: Json = {"path_type": "Linear", "prediction": "velocity", "loss_weight": None, "time_dist_type": "uniform"}
+    transport = defaults | {"time_dist_shift": auto_shift(*shape)} | transport_settings(given)
+    create_transport(**transport)  # refuses what does not exist
+    about = DitDescription(infer_dit(checkpoint, known), transport, encoder)
+    _say_encoder(encoder, options)
+
+    def write(job: Job) -> Result:
+        files, content = save_dit(job.folder, about, stats, None, checkpoint.state)
+        return Result(content, {"parameters": checkpoint.parameters}, files)
+
+    settings = {**about.to_json(), "weights": checkpoint.weights}
+    stage = Stage("import official", "dit", version=1)
+    return import_artifact(workspace, stage, name, settings, official.files, write, options)
+
+
+def _say_encoder(encoder: Json, options: Options) -> None:
+    if encoder["digest"] is None:
+        options.console.say(
+            f"encoder: `{encoder['name']}`, taken at its word: its files are not on this machine, so that nothing"
+            " compares their digest (--encoder names another)"
+        )
+    else:
+        options.console.say(f"encoder: `{encoder['name']}`, sha256 {encoder['digest'][:16]}...")
+
+
+def _import_backbone(official: Official, checkpoint: "Checkpoint", options: Options) -> Json:
+    """Write the tensors, checked and as they are: `DinoDiscriminator.load_backbone` zeroes the keys' biases itself."""
+    from rae.stages.models.official import check_backbone
+    from rae.stages.models.saving import save_weights
+
+    if official.out is None or official.name is not None:
+        raise ConfigError(
+            f"{official.file} holds the backbone of the discriminator, which is no artifact but a file: say where to"
+            " write it with `--out disc.safetensors`, and leave out `--name`"
+        )
+    if official.out.suffix != ".safetensors":
+        raise ConfigError(f"`--out {official.out}` must end in .safetensors, which is what is written")
+    recipe = check_backbone(checkpoint)
+    save_weights(official.out, checkpoint.state)
+    digest = digest_file(official.out)
+    options.console.say(f"wrote {official.out}, the backbone of discriminator {recipe}, sha256 {digest}")
+    options.console.say(f"use it with: rae train-decoder CONFIG -s train_decoder.disc_weights={official.out}")
+    return {"kind": "backbone", "recipe": recipe, "path": str(official.out), "sha256": digest}
