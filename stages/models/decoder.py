@@ -124,7 +124,7 @@ def sincos_positions(dim: int, grid: int) -> Tensor:
 
 
 class DecoderAttention(nn.Module):
-    """Multi-head self-attention [B, N, D] -> [B, N, D], with biases everywhere."""
+    """Multi-head self-attention with biases everywhere."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -134,6 +134,7 @@ class DecoderAttention(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(D, D)})
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
         query, key, value = (
             self.attention[name](x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for name in ("query", "key", "value")
@@ -144,7 +145,7 @@ class DecoderAttention(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """A pre-norm transformer block with exact GELU (ViT-MAE)."""
+    """A pre-norm transformer block with exact GELU (ViT-MAE, He et al., 2022)."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -156,6 +157,7 @@ class DecoderBlock(nn.Module):
         self.layernorm_after = nn.LayerNorm(D, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
         x = x + self.attention(self.layernorm_before(x))
         hidden = F.gelu(self.intermediate["dense"](self.layernorm_after(x)))
         grown: Tensor = x + self.output["dense"](hidden)
@@ -213,6 +215,7 @@ class ViTDecoder(nn.Module):
         return pixels[:, 1:]
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Raw tokens [B, C, H, W] -> images [B, 3, S, S]; raises as `patches` does."""
         grid, side = self.config.grid, self.config.patch_size
         pixels = self.patches(tokens).reshape(-1, grid, grid, side, side, 3)  # [B, H, W, P, P, 3]
         images = pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, grid * side, grid * side)

@@ -76,6 +76,7 @@ class DinoDiscriminator(nn.Module):
             raise CorruptData(f"{path} does not hold the discriminator's backbone: {error}") from error
 
     def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] of any S, resized -> [B, 5 * N], head after head."""
         resized = F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", align_corners=False)
         normalised = ((resized + 1) / 2 - self.mean) / self.std
         blocks = sorted(set(HEAD_BLOCKS))
@@ -97,6 +98,7 @@ class ScaledResidual(nn.Module):
         self.fn = fn
 
     def forward(self, x: Tensor) -> Tensor:
+        """Any shape that `fn` keeps -> the same."""
         grown: Tensor = (x + self.fn(x)) / math.sqrt(2)
         return grown
 

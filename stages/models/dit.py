@@ -141,7 +141,7 @@ class LightningDiT(nn.Module):
 
 
 class DiTDH(nn.Module):
-    """DiT with a wide, shallow head (paper, section 5; the split is DDT's, Wang et al., 2025).
+    """DiT with a wide, shallow head (RAE paper, section 5; the split is DDT's, Wang et al., 2025).
 
     The body sees the noisy tokens and writes, for each, the condition s under which the head denoises it.
     """

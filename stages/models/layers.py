@@ -23,6 +23,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> the same shape and dtype."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
@@ -84,6 +85,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
         gate, value = self.w12(x).chunk(2, dim=-1)
         out: Tensor = self.w3(F.silu(gate) * value)
         return out
@@ -142,7 +144,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, height, width] -> [B, N, D], in the dtype of `x`: it begins the residual stream."""
+        """[B, C, height, width], whole patches -> [B, N, D], in the dtype of `x`: it begins the residual stream."""
         B, C, H, W = x.shape
         size = self.patch_size
         patches = x.reshape(B, C, H // size, size, W // size, size).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -172,12 +174,13 @@ class TimeEmbed(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """[B] -> [B, D]."""
+        """Times [B] in [0, 1] -> [B, D]."""
         phase = t[:, None] * self.W * 2 * torch.pi
         out: Tensor = self.mlp(torch.cat([phase.sin(), phase.cos()], dim=-1))
         return out
 
     def reset(self) -> None:
+        """Draw the weights, with standard deviation 0.02."""
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
@@ -196,6 +199,7 @@ class LabelEmbed(nn.Module):
         return out
 
     def reset(self) -> None:
+        """Draw the table, with standard deviation 0.02."""
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
 

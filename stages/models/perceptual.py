@@ -64,6 +64,7 @@ class EncoderDistance(nn.Module):
         self.description = f"unit-normalised distance of {maps} of {encoder.info.name} at {encoder.input_size} pixels"
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in [0, 1] -> distances float32 [B]."""
         with torch.no_grad():
             wanted = self.encoder.features(target)
         found = self.encoder.features(reconstruction)
@@ -96,6 +97,7 @@ class LpipsDistance(nn.Module):
         return super().train(False)
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in [0, 1] -> distances float32 [B]."""
         distances: Tensor = self.network(reconstruction, target, normalize=True)
         return distances.flatten().float()
 
