@@ -22,6 +22,7 @@ from rae.pipeline.arguments import (
     WorkspaceOption,
     options_for,
 )
+from rae.pipeline.cli_export import export_app
 from rae.pipeline.cli_import import import_app
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="List, show or check configurations.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 app.add_typer(import_app, name="import")
+app.add_typer(export_app, name="export")
 
 
 @app.command("run")

@@ -1,0 +1,28 @@
+"""`rae export ...`: artifacts as the files that other programs read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rae.pipeline.arguments import DEFAULT_WORKSPACE, AsJson, Quiet, Ref, WorkspaceOption, options_for
+
+export_app = typer.Typer(help="Write artifacts for other programs.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@export_app.command("official")
+def official_command(
+    ref: Ref,
+    out: Annotated[Path, typer.Argument(help="The folder to write into.")],
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a decoder or DiT as the official release loads it: EMA weights, statistics, their configuration."""
+    from rae.pipeline.export_official import export_official
+    from rae.store.artifacts import Workspace
+
+    console = options_for(as_json, quiet).console
+    made = export_official(ref, out, Workspace(workspace), console)
+    if as_json:
+        console.print_json(made)
