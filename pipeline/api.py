@@ -47,14 +47,26 @@ def encode(
     weights: str | None = None,
     input_size: int | None = None,
     feature_index: int | None = None,
+    version: str | None = None,
 ) -> "Tensor":
     """Raw tokens [N, C, H, W] of images: float [N, 3, S, S] in [0, 1], or uint8 [N, S, S, 3].
 
-    `encoder` is a name as in the configuration's `encode.encoder`, or a module that maps images in [0, 1] to tokens.
+    Args:
+        images: a batch.
+        encoder: a name as in the configuration's `encode.encoder`, or a module that maps images in [0, 1] to tokens
+            [N, C, H, W]; it is run where it lies, in eval mode, and left as it was.
+        weights: the file of a `timm:NAME` encoder.
+        input_size: side in pixels that images are resized to; by default the module's attribute, else theirs.
+        feature_index: the feature map of a timm encoder.
+        version: what the module's code is known by, where it has no attribute `version`.
+
+    Raises:
+        ConfigError: a module without a version, or one that returns no tokens.
     """
     import torch
 
-    from rae.stages.models.encoders import load_encoder
+    from rae.stages.models.encoders import Encoder, load_encoder, resized
+    from rae.stages.models.own_encoder import own_encoder
     from rae.stages.models.pixels import to_unit
     from rae.stages.models.weights import locate_encoder
 
@@ -63,8 +75,11 @@ def encode(
         size = input_size or int(batch.shape[-1])
         encoder = load_encoder(locate_encoder(encoder, weights), size, feature_index)
     with torch.inference_mode():
-        tokens: torch.Tensor = encoder(batch)
-    return tokens
+        if isinstance(encoder, Encoder):
+            tokens: torch.Tensor = encoder(batch.to(encoder.device))
+            return tokens
+        own = own_encoder(encoder, version)
+        return own.tokens(resized(batch, input_size or own.input_size or int(batch.shape[-1]))).float()
 
 
 def load_decoder(ref: str, workspace: str | None = None, weights: "Weights" = "ema", device: str = "cpu") -> "Decoder":
@@ -84,23 +99,29 @@ def load_dit(ref: str, workspace: str | None = None, weights: "Weights" = "ema",
 def load_autoencoder(
     ref: str,
     workspace: str | None = None,
-    encoder: str | None = None,
+    encoder: "str | nn.Module | None" = None,
     encoder_weights: str | None = None,
     device: str = "cpu",
+    version: str | None = None,
 ) -> "Autoencoder":
     """A trained decoder with its frozen encoder: `encode`, `decode`, `noising`.
 
-    `encoder` says where the encoder lies if it is not found by the name it had in training; a `timm:NAME` encoder needs
-    the file `encoder_weights`, as in the configuration's `encode.weights`.
+    `encoder` is the module that it was trained with, of this `version`; or it says where the encoder lies if it is not
+    found by the name it had in training. A `timm:NAME` encoder needs the file `encoder_weights`, as in the
+    configuration's `encode.weights`. Raises `StaleInput` if it is another encoder than the decoder's.
     """
     from rae.stages.models.encoders import describe, load_encoder
+    from rae.stages.models.own_encoder import own_encoder
     from rae.stages.models.trained import Autoencoder, check_compatible
     from rae.stages.models.weights import locate_encoder
 
     decoder = load_decoder(ref, workspace, device=device)
     known = decoder.encoder
-    files = locate_encoder(encoder or known["name"], encoder_weights)
-    frozen = load_encoder(files, known["input_size"], known["feature_index"], device)
+    if encoder is None or isinstance(encoder, str):
+        source = locate_encoder(encoder or known["name"], encoder_weights)
+    else:
+        source = own_encoder(encoder, version)
+    frozen = load_encoder(source, known["input_size"], known["feature_index"], device)
     check_compatible(describe(frozen), known, "this encoder")
     return Autoencoder(frozen, decoder)
 
@@ -140,15 +161,29 @@ def sample(
     return draw_all(dit, decoder, np.asarray(labels, np.int64), section)
 
 
-def run(config: str, workspace: str | None = None, overrides: Sequence[str] = (), **options: Any) -> list[Artifact]:
-    """`rae run`: make what is missing of a configuration; returns its artifacts in the order of the stages."""
+def run(
+    config: str,
+    workspace: str | None = None,
+    overrides: Sequence[str] = (),
+    encoder: "nn.Module | None" = None,
+    version: str | None = None,
+    **options: Any,
+) -> list[Artifact]:
+    """`rae run`: make what is missing of a configuration; returns its artifacts in the order of the stages.
+
+    `encoder` stands in for the configuration's `encode.encoder`: a module that maps images [B, 3, S, S] in [0, 1] to
+    tokens [B, C, H, W]. Its weights' digest and its declared `version` (the argument, else its attribute) stand in what
+    is made with it, so that another version or other weights make other artifacts. It is left as it was.
+    """
     from rae.pipeline import config as configuration
     from rae.pipeline import runner
     from rae.pipeline.plan import Pipeline
     from rae.pipeline.preflight import preflight
+    from rae.stages.models.own_encoder import own_encoder
 
-    where = _workspace(workspace)
-    pipeline = Pipeline(configuration.load(config, overrides), where, configuration.words(config, overrides))
+    where, settings = _workspace(workspace), configuration.load(config, overrides)
+    own = own_encoder(encoder, version) if encoder is not None else None
+    pipeline = Pipeline(settings, where, configuration.words(config, overrides), own)
     preflight(pipeline)
     chosen = runner.Options(command=pipeline.command("run"), **options)
     outcomes = runner.run_stages(pipeline, pipeline.stages, chosen)

@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 from rae.pipeline.config import PipelineConfig
 from rae.stages.job import Job, Result
 from rae.stages.models.geometry import encoder_geometry, input_size_for
-from rae.stages.models.weights import EncoderFiles, locate_encoder
+from rae.stages.models.own_encoder import OwnEncoder
+from rae.stages.models.weights import EncoderSource, locate_encoder
 from rae.stages.sections import EncodeSection, Section, TrainDitSection
 from rae.stages.shards import in_place
 from rae.stages.sources import Split
@@ -85,10 +86,13 @@ class Task:
 class Pipeline:
     """A configuration in a workspace, asked stage by stage."""
 
-    def __init__(self, config: PipelineConfig, workspace: Workspace, words: list[str]) -> None:
+    def __init__(
+        self, config: PipelineConfig, workspace: Workspace, words: list[str], encoder: OwnEncoder | None = None
+    ) -> None:
         self.config = config
         self.workspace = workspace
         self.words = words  # how the person named the configuration, for the commands that messages suggest
+        self._encoder = encoder  # a module in place of what `encode.encoder` names
 
     @property
     def stages(self) -> list[Stage]:
@@ -126,6 +130,8 @@ class Pipeline:
         return found
 
     def command(self, verb: str) -> str:
+        if self._encoder is not None:
+            return f"rae.run({self.words[0]!r}, encoder=...) in Python, with the encoder `{self._encoder.name}`"
         return shlex.join(["rae", verb, *self.words, "-w", str(self.workspace.root)])
 
     # ---- what several stages need ------------------------------------------------------------------------------
@@ -180,15 +186,18 @@ class Pipeline:
         return {key: getattr(shards, key) for key in ("image_key", "label_key", "label_field")}
 
     @cached_property
-    def encoder_files(self) -> EncoderFiles:
+    def encoder_source(self) -> EncoderSource:
+        """The encoder that `encode` names, or the one handed over in its place."""
+        if self._encoder is not None:
+            return self._encoder
         encode = self.section("encode", EncodeSection)
         return locate_encoder(encode.encoder, encode.weights, encode.allow_download)
 
     def geometry(self) -> tuple[int, tuple[int, int]]:
         """Token width and grid (rows, columns) of the encoder that is asked for; no weights are loaded for it."""
         encode = self.section("encode", EncodeSection)
-        input_size = input_size_for(self.encoder_files, encode.image_size, encode.encoder_input_size)
-        return encoder_geometry(self.encoder_files, input_size, encode.feature_index)
+        input_size = input_size_for(self.encoder_source, encode.image_size, encode.encoder_input_size)
+        return encoder_geometry(self.encoder_source, input_size, encode.feature_index)
 
     def latents(self) -> Artifact:
         """What the transformer trains on: latents named by a REF, checked against `encode`, or this pipeline's own."""
@@ -197,7 +206,7 @@ class Pipeline:
             return self.need("encode")
         artifact = self.workspace.resolve(ref, "latents")
         if self.config.encode is not None:
-            asked = {"config": self.encoding(), "weights": self.encoder_files.digests}
+            asked = {"config": self.encoding(), "weights": self.encoder_source.digests}
             found = {key: artifact.manifest.recipe.get(key) for key in asked}
             if fields := "; ".join(differing_fields(asked, found)):
                 raise StaleInput(

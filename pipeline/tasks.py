@@ -14,8 +14,8 @@ from rae.stages.models.weights import (
     PACKAGED_ENCODER,
     EncoderFiles,
     digest_file,
-    locate_encoder,
     locate_lpips,
+    locate_timm,
 )
 from rae.stages.sections import (
     EncodeSection,
@@ -41,15 +41,15 @@ def shards_task(section: ShardsSection) -> Task:
 
 def _encode(pipeline: Pipeline) -> Task:
     section = pipeline.section("encode", EncodeSection)
-    source, files = pipeline.train, pipeline.encoder_files
+    source, encoder_source = pipeline.train, pipeline.encoder_source
     # The classes, since tars that name their labels leave the numbers to them.
-    digests: Json = {"weights": files.digests, "source": source.digests, "classes": source.classes}
+    digests: Json = {"weights": encoder_source.digests, "source": source.digests, "classes": source.classes}
     recipe = _recipe("encode", pipeline.encoding(), reading=pipeline.reading(), **digests)
 
     def run(job: Job) -> Result:
         from rae.stages import encode
 
-        return encode.run(section, source, files, job)
+        return encode.run(section, source, encoder_source, job)
 
     return Task(STAGES["encode"], recipe, pipeline.shards, run)
 
@@ -57,8 +57,8 @@ def _encode(pipeline: Pipeline) -> Task:
 def _train_decoder(pipeline: Pipeline) -> Task:
     section = pipeline.section("train_decoder", TrainDecoderSection)
     encode = pipeline.section("encode", EncodeSection)
-    source, files = pipeline.train, pipeline.encoder_files
-    weights = dict(files.digests)
+    source, encoder_source = pipeline.train, pipeline.encoder_source
+    weights = dict(encoder_source.digests)
     if section.perceptual_loss == "lpips":
         backbone = locate_lpips(section.lpips_weights)
         weights[backbone.name] = digest_file(backbone)
@@ -68,7 +68,7 @@ def _train_decoder(pipeline: Pipeline) -> Task:
     def run(job: Job) -> Result:
         from rae.stages import train_decoder
 
-        return train_decoder.run(section, encode, source, files, job)
+        return train_decoder.run(section, encode, source, encoder_source, job)
 
     return Task(STAGES["train_decoder"], recipe, pipeline.shards, run)
 
@@ -103,20 +103,21 @@ def _sample(pipeline: Pipeline) -> Task:
 def _evaluate(pipeline: Pipeline) -> Task:
     section = pipeline.section("evaluate", EvaluateSection)
     pipeline.require_held_out()
-    source, held_out, files = pipeline.train, pipeline.held_out, pipeline.encoder_files
+    source, held_out, encoder_source = pipeline.train, pipeline.held_out, pipeline.encoder_source
     inputs = {"decoder": pipeline.decoder()}
     if pipeline.config.sample is not None:
         inputs["samples"] = pipeline.need("sample")
     config = {"evaluate": section.in_recipe(), "encoder": pipeline.encoder()}
     extractor = {f"extractor/{name}": digest for name, digest in extractor_files(section).digests.items()}
-    weights = {**files.digests, **extractor}
+    weights = {**encoder_source.digests, **extractor}
     digests: Json = {"weights": weights, "source": source.digests, "held_out": held_out.digests}
     recipe = _recipe("evaluate", config, inputs, classes=source.classes, reading=pipeline.reading(), **digests)
 
     def run(job: Job) -> Result:
         from rae.stages import evaluate
 
-        return evaluate.run(section, source, held_out, files, inputs["decoder"], inputs.get("samples"), job)
+        decoder, samples = inputs["decoder"], inputs.get("samples")
+        return evaluate.run(section, source, held_out, encoder_source, decoder, samples, job)
 
     return Task(STAGES["evaluate"], recipe, inputs | pipeline.shards, run)
 
@@ -124,8 +125,8 @@ def _evaluate(pipeline: Pipeline) -> Task:
 def extractor_files(section: EvaluateSection) -> EncoderFiles:
     """The extractor's weights: those of a given file, or those that its package carries."""
     if section.extractor == PACKAGED_ENCODER and section.extractor_weights is not None:
-        return locate_encoder(f"timm:{PACKAGED_ARCHITECTURE}", section.extractor_weights)
-    return locate_encoder(section.extractor)
+        return locate_timm(f"timm:{PACKAGED_ARCHITECTURE}", section.extractor_weights)
+    return locate_timm(section.extractor)
 
 
 TASKS: dict[str, Callable[[Pipeline], Task]] = {

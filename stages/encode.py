@@ -23,7 +23,7 @@ from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.encoders import Encoder, describe, load_encoder
 from rae.stages.models.geometry import input_size_for
 from rae.stages.models.pixels import to_unit
-from rae.stages.models.weights import EncoderFiles
+from rae.stages.models.weights import EncoderSource
 from rae.stages.sections import EncodeSection
 from rae.stages.training.ranks import Ranks
 from rae.store.latents_finish import completed_parts, finish
@@ -46,10 +46,10 @@ class Decoded:
     height: int | None
 
 
-def run(section: EncodeSection, source: Source, files: EncoderFiles, job: Job) -> Result:
+def run(section: EncodeSection, source: Source, encoder_source: EncoderSource, job: Job) -> Result:
     """Encode what is missing of `source` and describe the finished store."""
-    input_size = input_size_for(files, section.image_size, section.encoder_input_size)
-    encoder = load_encoder(files, input_size, section.feature_index, job.device)
+    input_size = input_size_for(encoder_source, section.image_size, section.encoder_input_size)
+    encoder = load_encoder(encoder_source, input_size, section.feature_index, job.device)
     height, width = encoder.grid
     views = 2 if section.horizontal_flip else 1
     layout = LatentLayout(
@@ -156,7 +156,7 @@ def _encode_batch(encoder: Encoder, batch: list[Decoded], section: EncodeSection
     for position, sample in enumerate(batch):
         if sample.pixels is not None:
             pixels[position] = sample.pixels
-    device = next(encoder.parameters()).device
+    device = encoder.device
     images = to_unit(pixels, device)
     views = [images, images.flip(-1)] if section.horizontal_flip else [images]
     with torch.autocast(device.type, torch.bfloat16, enabled=section.precision == "bf16"):

@@ -12,7 +12,7 @@ from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.encoders import Encoder, describe, load_encoder
 from rae.stages.models.pixels import to_uint8, to_unit
 from rae.stages.models.trained import Autoencoder, Decoder, check_compatible
-from rae.stages.models.weights import EncoderFiles
+from rae.stages.models.weights import EncoderSource
 from rae.stages.scoring.extractors import load_extractor
 from rae.stages.scoring.reconstruction import psnr_db, ssim
 from rae.stages.scoring.scores import score_generation
@@ -30,7 +30,7 @@ def run(
     section: EvaluateSection,
     train: Source,
     held_out: Source,
-    files: EncoderFiles,
+    encoder_source: EncoderSource,
     decoder: Artifact,
     samples: Artifact | None,
     job: Job,
@@ -40,9 +40,9 @@ def run(
         return NOTHING
     decoding = Decoder.load(decoder.payload, device=job.device)
     known = decoding.encoder
-    encoder = load_encoder(files, known["input_size"], known["feature_index"], job.device)
+    encoder = load_encoder(encoder_source, known["input_size"], known["feature_index"], job.device)
     check_compatible(describe(encoder), known, "this encoder")
-    size = decoding.config.image_size
+    size = decoding.image_size
     val_images, val_labels = load_images(held_out, size, job, "held-out images")
     scores: dict[str, Json] = {"reconstruction": _score_reconstruction(section, encoder, decoding, val_images, job)}
     metrics = {f"reconstruction_{name}": value for name, value in scores["reconstruction"].items()}

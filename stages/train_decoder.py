@@ -18,7 +18,7 @@ from rae.stages.models.geometry import input_size_for
 from rae.stages.models.perceptual import build_perceptual
 from rae.stages.models.pixels import to_unit
 from rae.stages.models.trained import save_decoder
-from rae.stages.models.weights import EncoderFiles
+from rae.stages.models.weights import EncoderSource
 from rae.stages.sections import EncodeSection, TrainDecoderSection
 from rae.stages.training.loop import Learner, train
 from rae.stages.training.randomness import normal, uniform
@@ -68,12 +68,14 @@ class Crops:
         raise CorruptData("none of the training images can be decoded")
 
 
-def run(section: TrainDecoderSection, encode: EncodeSection, source: Source, files: EncoderFiles, job: Job) -> Result:
-    """Train the decoder of `section` for the encoder in `files`; returns its payload and the last losses."""
+def run(
+    section: TrainDecoderSection, encode: EncodeSection, source: Source, encoder_source: EncoderSource, job: Job
+) -> Result:
+    """Train the decoder of `section` for the encoder of `encoder_source`; returns its payload and the last losses."""
     ranks = Ranks.from_environment()
     device = ranks.device(job.device)
-    input_size = input_size_for(files, encode.image_size, encode.encoder_input_size)
-    encoder = load_encoder(files, input_size, encode.feature_index, str(device))
+    input_size = input_size_for(encoder_source, encode.image_size, encode.encoder_input_size)
+    encoder = load_encoder(encoder_source, input_size, encode.feature_index, str(device))
     config = describe_decoder(section, encode, encoder)
     perceptual = build_perceptual(section.perceptual_loss, encoder, section.lpips_weights)
     perceptual = perceptual.to(device) if perceptual is not None else None

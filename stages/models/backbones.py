@@ -1,9 +1,11 @@
-"""The networks inside an `Encoder`: timm's and Hugging Face's, loaded strictly and brought to one shape of output.
+"""The networks inside an `Encoder`, loaded strictly and brought to one shape of output: tokens [B, C, H, W].
 
-Both take normalised images [B, 3, S, S] and give tokens [B, C, H, W] that end in a layer norm without affine part.
+timm's and Hugging Face's take normalised images [B, 3, S, S], and their tokens leave a layer norm without affine part.
+Yours takes images in [0, 1], and its tokens are left as they are.
 """
 
 import contextlib
+import copy
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rae.stages.models.geometry import create_timm
-from rae.stages.models.weights import EncoderFiles, EncoderKind, read_json
+from rae.stages.models.model_folder import EncoderKind, read_json
+from rae.stages.models.own_encoder import OwnEncoder, checked
+from rae.stages.models.weights import EncoderFiles
 from rae.store.errors import CorruptData
 
 # Parts of a Hugging Face checkpoint that are rightly left unread: the text tower, MAE's decoder, pooling, heads.
@@ -99,6 +103,21 @@ def _renamed_in_order(state: dict[str, Tensor], wanted: dict[str, Tensor], files
     return dict(zip(wanted, state.values(), strict=True))
 
 
+class OwnBackbone(nn.Module):
+    """A copy of a module of one's own: freezing it and moving it to another device leave the original alone."""
+
+    def __init__(self, source: OwnEncoder) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(source.module)
+        self.name = source.name
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        return [self.tokens(images)]
+
+    def tokens(self, images: Tensor) -> Tensor:
+        return checked(self.model(images), images, self.name)
+
+
 class HuggingFaceBackbone(nn.Module):
     """A vision transformer of transformers: its patch tokens after the last layer norm, stripped of its affine part."""
 
@@ -124,9 +143,21 @@ class HuggingFaceBackbone(nn.Module):
             return self.model(pixel_values=images)
         if self.kind == "siglip":
             return self.model(pixel_values=images, interpolate_pos_encoding=True)
+        if self.kind == "naflex":
+            return self._run_naflex(images)
         # MAE shuffles patches by sorting this noise, even when it masks none: ascending noise keeps their order.
         order = torch.arange(self.grid**2, device=images.device, dtype=torch.float32).expand(len(images), -1)
         return self.model(pixel_values=images, noise=order, interpolate_pos_encoding=True)
+
+    def _run_naflex(self, images: Tensor) -> Any:
+        """SigLIP2 of variable resolution takes patches [B, N, P * P * 3], which of them count, and each grid."""
+        side = self.grid
+        patch = images.shape[-1] // side
+        grid = images.reshape(-1, 3, side, patch, side, patch)  # [B, 3, H, P, W, P]
+        patches = grid.permute(0, 2, 4, 3, 5, 1).reshape(len(images), side**2, -1)
+        shapes = torch.full((len(images), 2), side, device=images.device)
+        every = torch.ones(patches.shape[:2], dtype=torch.long, device=images.device)
+        return self.model(pixel_values=patches, pixel_attention_mask=every, spatial_shapes=shapes)
 
 
 def _strip_final_norm(model: nn.Module) -> None:
@@ -158,6 +189,8 @@ def load_hugging_face(files: EncoderFiles) -> Any:
         "dinov2_with_registers": transformers.Dinov2WithRegistersModel,
         "siglip": transformers.SiglipVisionModel,
         "siglip_vision_model": transformers.SiglipVisionModel,
+        "siglip2": transformers.Siglip2VisionModel,
+        "siglip2_vision_model": transformers.Siglip2VisionModel,
         "vit_mae": transformers.ViTMAEModel,
     }
     architecture: Any = architectures[read_json(folder / "config.json")["model_type"]]

@@ -190,6 +190,11 @@ class ViTDecoder(nn.Module):
         self.register_buffer("image_std", torch.tensor(config.image_std).reshape(1, 3, 1, 1), persistent=False)
 
     @property
+    def image_size(self) -> int:
+        """Pixels along one side of the image."""
+        return self.config.image_size
+
+    @property
     def last_layer(self) -> Tensor:
         """The last linear weight [3 * P * P, D], where the adversarial loss is weighed against the others."""
         return self.decoder_pred.weight

@@ -1,19 +1,25 @@
 """What an encoder will make of an image, known before its weights are loaded.
 
-A Hugging Face encoder is answered from its JSON files, without torch; a timm encoder is built on the meta device.
+An encoder that lies in a folder is answered from its JSON files, without torch; a timm encoder is built on the meta
+device; an encoder of your own is tried out.
 """
 
 import difflib
+import inspect
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from rae.stages.models.weights import EncoderFiles, read_json
+from rae.stages.models.model_folder import read_json
+from rae.stages.models.own_encoder import OwnEncoder, Triple
+from rae.stages.models.weights import EncoderFiles, EncoderSource
 from rae.store.errors import ConfigError, CorruptData, MissingInput
 
-Triple = tuple[float, float, float]
-
-# transformers leaves a nested configuration's default values out of config.json; these are SiglipVisionConfig's.
+# transformers leaves a nested configuration's default values out of config.json; these are those of SiglipVisionConfig
+# and of Siglip2VisionConfig, whose position table is said by its `num_patches`.
 SIGLIP_VISION_DEFAULTS = {"hidden_size": 768, "patch_size": 16, "image_size": 224}
+NAFLEX_VISION_DEFAULTS = {"hidden_size": 768, "patch_size": 16, "num_patches": 256}
 
 
 @dataclass(frozen=True)
@@ -26,77 +32,116 @@ class Preprocessing:
 
 
 def encoder_geometry(
-    files: EncoderFiles, input_size: int | None = None, feature_index: int | None = None
+    source: EncoderSource, input_size: int | None = None, feature_index: int | None = None
 ) -> tuple[int, tuple[int, int]]:
     """Token width and grid (rows, columns) of an encoder at `input_size` pixels, without loading its weights.
 
     Args:
-        files: from `locate_encoder`.
+        source: from `locate_encoder`, or an encoder of one's own.
         input_size: side in pixels; by default what the encoder's own preprocessing says.
         feature_index: which feature map of a timm encoder; by default the last of stride 16 or less.
 
     Raises:
         ConfigError: an input size or feature map that the encoder does not have.
-        MissingInput, CorruptData: a Hugging Face folder without usable config.json or preprocessor_config.json.
+        MissingInput, CorruptData: a folder without usable config.json or preprocessor_config.json.
     """
-    if files.kind != "timm":
-        token_dim, side = folder_geometry(files, input_size, feature_index)
-        return token_dim, (side, side)
-    import torch  # the Hugging Face branch does without
+    if source.kind == "timm":
+        import torch  # the others do without
 
-    with torch.device("meta"):
-        model = create_timm(files.architecture)
-    size = timm_input_size(model, input_size)
-    return timm_geometry(model, size, timm_feature_index(model, feature_index))
+        with torch.device("meta"):
+            model = create_timm(source.architecture)
+        size = timm_input_size(model, input_size)
+        return timm_geometry(model, size, timm_feature_index(model, feature_index))
+    if feature_index is not None:
+        raise ConfigError(f"`feature_index` chooses a map of a timm encoder; `{source.name}` has one kind of tokens")
+    if isinstance(source, OwnEncoder):
+        return source.geometry(own_input_size(source, input_size))
+    token_dim, side = folder_geometry(source, input_size)
+    return token_dim, (side, side)
 
 
-def input_size_for(files: EncoderFiles, image_size: int, asked: int | None = None) -> int:
+def input_size_for(source: EncoderSource, image_size: int, asked: int | None = None) -> int:
     """The side in pixels that images of `image_size` are resized to for this encoder: as asked, or 16 pixels a token.
 
     So 256 px become 224 for DINOv2 (patch 14) and stay 256 for patch 16: 16 x 16 tokens each (RAE paper, section 3).
-    A timm encoder is fed the image as it is.
+    A timm encoder and an AutoencoderKL are fed the image as it is; an encoder of your own may say its `input_size`.
     """
-    if asked is not None or files.kind == "timm":
-        return asked or image_size
-    return vision_config(files)["patch_size"] * max(image_size // 16, 1)
+    if asked is not None:
+        return asked
+    if isinstance(source, OwnEncoder):
+        return source.input_size or image_size
+    if source.kind in ("timm", "autoencoder_kl"):
+        return image_size
+    return vision_config(source)["patch_size"] * max(image_size // 16, 1)
 
 
-def folder_geometry(files: EncoderFiles, input_size: int | None, feature_index: int | None) -> tuple[int, int]:
-    """Token width and tokens along one side of a Hugging Face encoder."""
-    if feature_index is not None:
-        raise ConfigError(f"`feature_index` chooses a map of a timm encoder; `{files.name}` has one kind of tokens")
+def own_input_size(source: OwnEncoder, input_size: int | None) -> int:
+    """The side in pixels that an encoder of one's own is fed at."""
+    size = input_size or source.input_size
+    if size is None:
+        raise ConfigError(f"the encoder `{source.name}` has no attribute `input_size`, and no size of images is given")
+    return size
+
+
+def folder_geometry(files: EncoderFiles, input_size: int | None) -> tuple[int, int]:
+    """Token width and tokens along one side of an encoder that lies in a folder."""
     vision = vision_config(files)
     size = input_size or folder_preprocessing(files).input_size
     patch = vision["patch_size"]
     if size % patch or size < patch:
         below = max(size // patch, 1) * patch
+        what = "stride" if files.kind == "autoencoder_kl" else "patch size"
         raise ConfigError(
-            f"`encoder_input_size` {size} is not a multiple of the patch size {patch} of `{files.name}`: take {below}"
+            f"`encoder_input_size` {size} is not a multiple of the {what} {patch} of `{files.name}`: take {below}"
             f" or {below + patch}"
         )
     return vision["hidden_size"], size // patch
 
 
 def vision_config(files: EncoderFiles) -> dict[str, int]:
-    """`hidden_size`, `patch_size` and `image_size` of a Hugging Face encoder's vision tower, from config.json."""
-    config = read_json(files.folder_or_file / "config.json")
-    if files.kind == "siglip":
-        config = SIGLIP_VISION_DEFAULTS | config.get("vision_config", config)
-    shape = {key: config.get(key) for key in SIGLIP_VISION_DEFAULTS}
-    for key, value in shape.items():
-        if not isinstance(value, int) or value <= 0:
-            raise CorruptData(f"{files.folder_or_file / 'config.json'} says no usable `{key}`: {value!r}")
-    return {key: int(value) for key, value in shape.items() if value is not None}
+    """`hidden_size`, `patch_size` and `image_size` of the encoder in a folder, from config.json.
+
+    Of an AutoencoderKL these are latent channels, pixels per latent, and `sample_size`.
+    """
+    path = files.folder_or_file / "config.json"
+    config = read_json(path)
+    if files.kind in ("siglip", "naflex"):
+        defaults = SIGLIP_VISION_DEFAULTS if files.kind == "siglip" else NAFLEX_VISION_DEFAULTS
+        config = defaults | config.get("vision_config", config)
+    if files.kind == "naflex":
+        side = math.isqrt(_positive(config, "num_patches", path))
+        config["image_size"] = side * _positive(config, "patch_size", path)
+    if files.kind == "autoencoder_kl":
+        widths = config.get("block_out_channels")
+        stride = (
+            2 ** (len(widths) - 1) if isinstance(widths, list) else None
+        )  # every block but the last halves the sides
+        config = {
+            "hidden_size": config.get("latent_channels"),
+            "patch_size": stride,
+            "image_size": config.get("sample_size"),
+        }
+    return {key: _positive(config, key, path) for key in SIGLIP_VISION_DEFAULTS}
+
+
+def _positive(config: dict[str, Any], key: str, path: Path) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value <= 0:
+        raise CorruptData(f"{path} says no usable `{key}`: {value!r}")
+    return value
 
 
 def folder_preprocessing(files: EncoderFiles) -> Preprocessing:
-    """Normalisation and default input size of a Hugging Face encoder, from preprocessor_config.json.
+    """Normalisation and default input size of an encoder in a folder, from preprocessor_config.json.
 
-    The input size is its crop, else its resize, else the size that the position table was made for.
+    The input size is its crop, else its resize, else the size that the position table was made for. An AutoencoderKL
+    has no such file: its images lie in [-1, 1], and its size is `sample_size`.
 
     Raises:
         MissingInput: no such file; guessing a normalisation would make other tokens without a word.
     """
+    if files.kind == "autoencoder_kl":
+        return Preprocessing((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), vision_config(files)["image_size"])
     path = files.folder_or_file / "preprocessor_config.json"
     if not path.is_file():
         raise MissingInput(
@@ -114,7 +159,7 @@ def folder_preprocessing(files: EncoderFiles) -> Preprocessing:
     return Preprocessing(mean, std, vision_config(files)["image_size"])
 
 
-def _triple(config: dict[str, Any], key: str, path: Any) -> Triple:
+def _triple(config: dict[str, Any], key: str, path: Path) -> Triple:
     values = config.get(key)
     if not isinstance(values, list) or len(values) != 3 or not all(isinstance(v, int | float) for v in values):
         raise CorruptData(f"{path} says no usable `{key}`: {values!r}")
@@ -128,11 +173,17 @@ def create_timm(architecture: str) -> Any:
         ConfigError: timm has no such model, or none with feature maps.
     """
     import timm  # seconds that only a timm encoder needs
+    import torch
 
     if not timm.is_model(architecture):
         close = difflib.get_close_matches(architecture, timm.list_models(), n=1)
         raise ConfigError(f"timm has no model `{architecture}`{f'; did you mean `{close[0]}`?' if close else ''}")
-    model = timm.create_model(architecture, pretrained=False)
+    with torch.device("meta"):
+        parameters = inspect.signature(type(timm.create_model(architecture))).parameters
+    sizes: dict[str, Any] = (
+        {"dynamic_img_size": True} if "dynamic_img_size" in parameters else {}
+    )  # a ViT that interpolates positions
+    model = timm.create_model(architecture, pretrained=False, **sizes)
     if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
         raise ConfigError(f"timm's `{architecture}` offers no feature maps (`forward_intermediates`)")
     return model
@@ -141,7 +192,8 @@ def create_timm(architecture: str) -> Any:
 def timm_input_size(model: Any, input_size: int | None) -> int:
     """The side in pixels that a timm model is fed at; its pretraining's by default."""
     trained: int = model.pretrained_cfg["input_size"][-1]
-    if input_size not in (None, trained) and model.pretrained_cfg.get("fixed_input_size"):
+    fixed = model.pretrained_cfg.get("fixed_input_size") and not getattr(model, "dynamic_img_size", False)
+    if input_size not in (None, trained) and fixed:
         name = model.pretrained_cfg["architecture"]
         raise ConfigError(f"timm's `{name}` takes images of {trained} pixels only: set `encoder_input_size` to that")
     return input_size or trained
@@ -170,7 +222,7 @@ def timm_geometry(model: Any, input_size: int, feature_index: int) -> tuple[int,
         (feature_map,) = model.eval().forward_intermediates(
             image, indices=[feature_index], stop_early=True, intermediates_only=True
         )
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         name = model.pretrained_cfg["architecture"]
         raise ConfigError(f"timm's `{name}` cannot take images of {input_size} pixels: {error}") from error
     _, channels, rows, columns = feature_map.shape

@@ -1,8 +1,10 @@
 """The encoders that the official release (`bytetriper/RAE`) trained its models on."""
 
-from rae.stages.models.encoders import EncoderInfo
-from rae.stages.models.geometry import Triple, folder_preprocessing, vision_config
-from rae.stages.models.weights import EncoderFiles, EncoderKind, locate_encoder
+from rae.stages.models.encoders import EncoderInfo, describe_files
+from rae.stages.models.geometry import vision_config
+from rae.stages.models.model_folder import EncoderKind
+from rae.stages.models.own_encoder import OwnEncoder, Triple
+from rae.stages.models.weights import EncoderSource, locate_encoder
 from rae.store.errors import ConfigError, MissingInput, StaleInput
 from rae.store.manifest import Json
 
@@ -47,18 +49,7 @@ def describe_encoder(encoder: str, token_dim: int, grid: int) -> Json:
     return info.to_json()
 
 
-def _info(files: EncoderFiles, grid: int) -> EncoderInfo:
-    if files.kind not in OFFICIAL_KINDS:
-        raise ConfigError(f"`{files.name}` is no encoder of the release: give a DINOv2, MAE or SigLIP of Hugging Face")
-    vision, preprocessing = vision_config(files), folder_preprocessing(files)
-    return EncoderInfo(
-        name=files.name,
-        kind=files.kind,
-        token_dim=vision["hidden_size"],
-        grid=(grid, grid),
-        input_size=vision["patch_size"] * grid,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        digest=files.digest,
-        feature_index=None,
-    )
+def _info(source: EncoderSource, grid: int) -> EncoderInfo:
+    if isinstance(source, OwnEncoder) or source.kind not in OFFICIAL_KINDS:
+        raise ConfigError(f"`{source.name}` is no encoder of the release: give a DINOv2, MAE or SigLIP of Hugging Face")
+    return describe_files(source, vision_config(source)["patch_size"] * grid)

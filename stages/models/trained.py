@@ -16,6 +16,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
+from rae.stages.models.autoencoder_kl import KlDecoder
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens, unwhiten
 from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.encoders import Encoder
@@ -32,15 +33,16 @@ _SAME_TOKENS = ("feature_index", "input_size", "token_dim", "grid")
 class Decoder(nn.Module):
     """A trained decoder: raw tokens [B, C, H, W] -> images [B, 3, S, S] in [0, 1]."""
 
-    def __init__(self, model: ViTDecoder, encoder: Json) -> None:
+    def __init__(self, model: ViTDecoder | KlDecoder, encoder: Json) -> None:
         super().__init__()
         self.model = model
         self.encoder = encoder  # description of the encoder whose tokens it reads
         self.requires_grad_(False).eval()
 
     @property
-    def config(self) -> DecoderConfig:
-        return self.model.config
+    def image_size(self) -> int:
+        """Pixels along one side of the images it makes."""
+        return self.model.image_size
 
     def forward(self, tokens: Tensor) -> Tensor:
         images: Tensor = self.model(tokens).float().clamp(0, 1)
@@ -48,11 +50,16 @@ class Decoder(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, weights: Weights = "ema", device: str = "cpu") -> Self:
-        """Read what `save_decoder` wrote."""
+        """Read what `save_decoder` or `save_kl_decoder` wrote."""
         about = _read_json(folder / "decoder.json", "config", "encoder")
-        model = ViTDecoder(DecoderConfig.from_dict(about["config"]))
+        config, encoder = about["config"], about["encoder"]
+        model: ViTDecoder | KlDecoder
+        if "_class_name" in config:  # diffusers' word, in what was imported from there
+            model = KlDecoder.from_config(config, encoder["input_size"])
+        else:
+            model = ViTDecoder(DecoderConfig.from_dict(config))
         load_weights(model, _weights_file(folder, weights))
-        return cls(model, about["encoder"]).to(device)
+        return cls(model, encoder).to(device)
 
 
 class Dit(nn.Module):
@@ -167,6 +174,12 @@ def save_decoder(
     """
     about = {"config": config.to_dict(), "encoder": encoder}
     return _save(folder, "decoder.json", about, {"model": model, "ema": ema, "latent_stats": _named(stats)})
+
+
+def save_kl_decoder(folder: Path, model: KlDecoder, encoder: Json) -> tuple[tuple[Path, ...], str]:
+    """Write the decoder of diffusers' AutoencoderKL, which has one set of weights; returns files and content digest."""
+    about = {"config": model.config, "encoder": encoder}
+    return _save(folder, "decoder.json", about, {"model": None, "ema": model.state_dict()})
 
 
 def save_dit(

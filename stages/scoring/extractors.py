@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rae.stages.models.encoders import load_encoder
-from rae.stages.models.weights import PACKAGED_ARCHITECTURE, PACKAGED_ENCODER, digest_file, locate_encoder
+from rae.stages.models.weights import PACKAGED_ARCHITECTURE, PACKAGED_ENCODER, digest_file, locate_timm
 from rae.store.errors import ConfigError, StaleInput
 
 EXTRACTORS = (PACKAGED_ENCODER,)
@@ -105,7 +105,7 @@ def load_extractor(name: str, weights: str | None = None, input_size: int = 224,
         close = difflib.get_close_matches(name, EXTRACTORS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(EXTRACTORS)}."
         raise ConfigError(f"There is no extractor {name!r}; {hint}")
-    files = locate_encoder(f"timm:{PACKAGED_ARCHITECTURE}", weights) if weights else locate_encoder(name)
+    files = locate_timm(f"timm:{PACKAGED_ARCHITECTURE}", weights) if weights else locate_timm(name)
     encoder = load_encoder(files)
     network: Any = encoder.backbone.model
     network.reset_classifier(0)  # ends in the average over positions

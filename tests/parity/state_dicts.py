@@ -9,8 +9,9 @@ from torch import nn
 
 from parity.drawn import shapes_of
 from parity.fixture import read_shapes
-from rae.stages.models.decoder import VIT_SIZES, DecoderConfig, ViTDecoder
+from rae.stages.models.decoder import DecoderConfig, ViTDecoder
 from rae.stages.models.dit import DiTConfig, build_dit
+from rae.stages.models.sizes import VIT_SIZES
 
 Shapes = Mapping[str, list[int]]
 

@@ -76,7 +76,7 @@ def test_images_of_an_unconditional_transformer_are_recorded_without_a_label(
     for folder in ("dit", "decoder", "samples"):
         (tmp_path / folder).mkdir()
     save_dit(tmp_path / "dit", about, stats, weights, weights)
-    save_decoder(tmp_path / "decoder", decoder.config, ENCODER, *[decoder.model.state_dict()] * 2)
+    save_decoder(tmp_path / "decoder", decoder.model.config, ENCODER, *[decoder.model.state_dict()] * 2)
     inputs = [Artifact(tmp_path / kind, Manifest(kind, kind, {}, "", {}, {}, [], {})) for kind in ("dit", "decoder")]
     run(SECTION, *inputs, Job(tmp_path / "samples"))
     images, labels = load_samples(Artifact(tmp_path / "samples", inputs[0].manifest))

@@ -10,11 +10,13 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 
 from rae.stages.models.encoders import Encoder, describe, encoder_geometry, load_encoder
-from rae.stages.models.weights import EncoderFiles, locate_encoder
+from rae.stages.models.geometry import input_size_for
+from rae.stages.models.weights import locate_encoder
 from rae.store.errors import ConfigError, CorruptData, MissingInput
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -36,8 +38,8 @@ def saved(model: Any, folder: Path, **options: Any) -> Path:
     return folder
 
 
-def dinov2(folder: Path, registers: int | None = None, **options: Any) -> Path:
-    shape = SMALL | {"patch_size": 8, "image_size": 32, "mlp_ratio": 2}
+def dinov2(folder: Path, registers: int | None = None, sizes: dict[str, Any] | None = None, **options: Any) -> Path:
+    shape = SMALL | {"patch_size": 8, "image_size": 32, "mlp_ratio": 2} | (sizes or {})
     if registers is None:
         return saved(transformers.Dinov2Model(transformers.Dinov2Config(**shape)), folder, **options)
     config = transformers.Dinov2WithRegistersConfig(**shape, num_register_tokens=registers)
@@ -49,6 +51,11 @@ def siglip(folder: Path) -> Path:
     return saved(transformers.SiglipVisionModel(config), folder)
 
 
+def naflex(folder: Path) -> Path:
+    config = transformers.Siglip2VisionConfig(**SMALL, intermediate_size=64, patch_size=8, num_patches=16)
+    return saved(transformers.Siglip2VisionModel(config), folder)
+
+
 def mae(folder: Path) -> Path:
     config = transformers.ViTMAEConfig(**SMALL, intermediate_size=64, patch_size=8, image_size=32)
     return saved(transformers.ViTMAEModel(config), folder)
@@ -58,6 +65,7 @@ MAKERS = {
     "dinov2": dinov2,
     "dinov2_with_registers": lambda folder: dinov2(folder, registers=4),
     "siglip_vision_model": siglip,
+    "siglip2_vision_model": naflex,
     "vit_mae": mae,
 }
 
@@ -89,6 +97,40 @@ class TestHuggingFace:
         with torch.no_grad():
             hidden = model((batch - mean) / std, output_hidden_states=True).hidden_states[-1]
         expected = F.layer_norm(hidden[:, 1:], (32,), eps=1e-6).transpose(1, 2).unflatten(2, (4, 4))
+        torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("patch_size", [8, 14, 16, 32])
+    def test_any_patch_size_and_the_feed_forward_of_the_giant(self, tmp_path: Path, patch_size: int) -> None:
+        sizes = {"patch_size": patch_size, "image_size": 4 * patch_size, "use_swiglu_ffn": True}
+        files = locate_encoder(str(dinov2(tmp_path, registers=1, sizes=sizes)))
+        encoder = load_encoder(files, 3 * patch_size)
+        assert (encoder.token_dim, encoder.grid) == encoder_geometry(files, 3 * patch_size) == (32, (3, 3))
+        assert encoder(images(size=3 * patch_size)).shape == (2, 32, 3, 3)
+        assert input_size_for(files, 256) == 16 * patch_size
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_siglip2_of_variable_resolution_gets_the_patches_of_its_own_processor(
+        self, tmp_path: Path, whole: bool
+    ) -> None:
+        vision = SMALL | {"intermediate_size": 64, "patch_size": 8, "num_patches": 16}
+        text = SMALL | {"intermediate_size": 64, "vocab_size": 16, "max_position_embeddings": 4}
+        config = transformers.Siglip2Config(text_config=text, vision_config=vision)
+        model = transformers.Siglip2Model(config) if whole else transformers.Siglip2VisionModel(config.vision_config)
+        encoder = load_encoder(locate_encoder(str(saved(model, tmp_path))), 48)
+        pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
+        processor = transformers.Siglip2ImageProcessor(
+            patch_size=8,
+            max_num_patches=36,
+            image_mean=PREPROCESSING["image_mean"],
+            image_std=PREPROCESSING["image_std"],
+        )
+        inputs = processor(images=[Image.fromarray(pixels)], return_tensors="pt")
+        reference = transformers.Siglip2VisionModel.from_pretrained(tmp_path)
+        reference.post_layernorm = torch.nn.LayerNorm(32, eps=1e-6, elementwise_affine=False)
+        with torch.no_grad():
+            hidden = reference.eval()(**inputs).last_hidden_state
+        tokens = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255)
+        expected = hidden.transpose(1, 2).unflatten(2, (6, 6))
         torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
 
     def test_mae_masks_nothing_and_keeps_the_order_of_patches(self, tmp_path: Path) -> None:
@@ -185,6 +227,7 @@ class TestTimm:
             "mean": [0.5, 0.5, 0.5],
             "std": [0.5, 0.5, 0.5],
             "feature_index": 3,
+            "version": None,
         }
 
     @pytest.mark.parametrize(("picture", "label"), [("china.jpg", 698), ("flower.jpg", 985)])
@@ -234,6 +277,30 @@ class TestTimm:
         assert one.grid == (4, 4)
         torch.testing.assert_close(one(images(size=64)), two(images(size=64)), atol=0, rtol=0)
 
+    @pytest.mark.parametrize("architecture", ["test_vit", "test_vit3"])  # with a class token, with a register
+    @pytest.mark.parametrize("side", [10, 4])
+    def test_vit_drops_its_prefix_token_and_interpolates_its_positions(
+        self, tmp_path: Path, architecture: str, side: int
+    ) -> None:
+        """At the size of its positions, 10 x 10 patches of 16, and at another, against timm's own forward pass."""
+        network: Any = timm.create_model(architecture, dynamic_img_size=True).eval()
+        assert network.num_prefix_tokens == 1
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+        save_file(network.state_dict(), tmp_path / "weights.safetensors")
+        files = locate_encoder(f"timm:{architecture}", str(tmp_path / "weights.safetensors"))
+        encoder = load_encoder(files, side * 16)
+        width = network.embed_dim
+        assert (encoder.token_dim, encoder.grid) == encoder_geometry(files, side * 16) == (width, (side, side))
+        batch = images(size=side * 16)
+        mean, std = (torch.tensor(value).reshape(3, 1, 1) for value in (encoder.mean, encoder.std))
+        network.norm = torch.nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        with torch.no_grad():
+            patches = network.forward_features((batch - mean) / std)[:, network.num_prefix_tokens :]
+        expected = patches.transpose(1, 2).unflatten(2, (side, side))
+        torch.testing.assert_close(encoder(batch), expected, atol=1e-5, rtol=1e-5)
+
     def test_refusals(self, tmp_path: Path) -> None:
         files = locate_encoder("efficientnet-lite0")
         with pytest.raises(ConfigError, match="has 5 feature maps, of strides 2, 4, 8, 16, 32"):
@@ -245,7 +312,9 @@ class TestTimm:
         with pytest.raises(CorruptData, match="does not hold the weights of timm's `resnet10t`"):
             load_encoder(locate_encoder("timm:resnet10t", str(weights)), 64)
         with pytest.raises(ConfigError, match="takes images of 224 pixels only"):
-            encoder_geometry(locate_encoder("timm:vit_tiny_patch16_224", str(weights)), 64)
+            encoder_geometry(locate_encoder("timm:beit_base_patch16_224", str(weights)), 64)
+        with pytest.raises(ConfigError, match="cannot take images of 60 pixels"):
+            encoder_geometry(locate_encoder("timm:vit_tiny_patch16_224", str(weights)), 60)
         weights.write_bytes(b"no weights")
         with pytest.raises(CorruptData, match="cannot be read as weights"):
             load_encoder(locate_encoder("timm:resnet10t", str(weights)), 64)
@@ -297,6 +366,6 @@ class TestFrozen:
 def test_folder_without_preprocessing_is_refused(tmp_path: Path) -> None:
     folder = dinov2(tmp_path)
     (folder / "preprocessor_config.json").unlink()
-    files: EncoderFiles = locate_encoder(str(folder))
+    files = locate_encoder(str(folder))
     with pytest.raises(MissingInput, match="mean and std"):
         load_encoder(files)

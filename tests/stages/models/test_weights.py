@@ -75,7 +75,7 @@ def test_a_cut_off_download_is_refused(tmp_path: Path) -> None:
     ("encoder", "weights", "error", "says"),
     [
         ("efficientnet-lite", None, ConfigError, "did you mean `efficientnet-lite0`"),
-        ("/no/such/folder", None, ConfigError, "Hugging Face folder that exists"),
+        ("/no/such/folder", None, ConfigError, "a model folder that exists"),
         ("timm:resnet18", None, ConfigError, "needs `weights`"),
         ("timm:resnet18", "/no/such/file.pth", MissingInput, "/no/such/file.pth"),
         ("efficientnet-lite0", "file.pth", ConfigError, "has its own"),
@@ -100,18 +100,30 @@ def test_local_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "kind"),
-    [("dinov2", "dinov2"), ("siglip", "siglip"), ("siglip_vision_model", "siglip"), ("vit_mae", "mae")],
+    [
+        ("dinov2", "dinov2"),
+        ("siglip", "siglip"),
+        ("siglip_vision_model", "siglip"),
+        ("siglip2", "naflex"),
+        ("siglip2_vision_model", "naflex"),
+        ("vit_mae", "mae"),
+    ],
 )
 def test_model_type_decides_the_kind(tmp_path: Path, model_type: str, kind: str) -> None:
     assert locate_encoder(str(model_folder(tmp_path, {"model_type": model_type}))).kind == kind
 
 
 @pytest.mark.parametrize(
-    ("model_type", "says"), [("siglip2", "NaFlex"), ("bert", "type `bert`"), (None, "type `None`")]
+    ("config", "says"),
+    [
+        ({"model_type": "bert"}, "type `bert`"),
+        ({}, "type `None`"),
+        ({"_class_name": "UNet2DModel"}, "diffusers' UNet2DModel"),
+    ],
 )
-def test_other_models_are_refused(tmp_path: Path, model_type: str | None, says: str) -> None:
+def test_other_models_are_refused(tmp_path: Path, config: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        locate_encoder(str(model_folder(tmp_path, {"model_type": model_type})))
+        locate_encoder(str(model_folder(tmp_path, config)))
 
 
 def test_sharded_checkpoint_is_digested_whole(tmp_path: Path) -> None:
@@ -132,6 +144,9 @@ def test_sharded_checkpoint_is_digested_whole(tmp_path: Path) -> None:
 def test_folders_that_lack_something(tmp_path: Path) -> None:
     with pytest.raises(MissingInput, match=r"no config\.json"):
         locate_encoder(str(tmp_path))
+    model_folder(tmp_path / "pipeline" / "vae")
+    with pytest.raises(MissingInput, match="its folder `vae` may be meant"):
+        locate_encoder(str(tmp_path / "pipeline"))
     folder = model_folder(tmp_path / "model")
     (folder / "model.safetensors").unlink()
     with pytest.raises(MissingInput, match="holds no weights"):
@@ -239,6 +254,13 @@ class TestGeometryOfFolders:
         (folder / "preprocessor_config.json").unlink()
         with pytest.raises(MissingInput, match=r"has no preprocessor_config\.json"):
             encoder_geometry(locate_encoder(str(folder)))
+
+    def test_siglip2_of_variable_resolution_is_as_large_as_its_position_table(self, tmp_path: Path) -> None:
+        config = {"model_type": "siglip2", "vision_config": {"num_patches": 196}}
+        preprocessing = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "max_num_patches": 256, "patch_size": 16}
+        files = locate_encoder(str(model_folder(tmp_path, config, preprocessing)))
+        assert encoder_geometry(files) == (768, (14, 14))
+        assert encoder_geometry(files, 256) == (768, (16, 16))
 
     def test_configuration_without_sizes(self, tmp_path: Path) -> None:
         files = locate_encoder(str(model_folder(tmp_path, {"model_type": "dinov2"})))
