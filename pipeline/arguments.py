@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rae.pipeline.launch import Crew
     from rae.pipeline.runner import Options
 
 Config = Annotated[str, typer.Argument(help="A preset's name (see `rae config ls`) or a YAML file.")]
@@ -23,12 +24,18 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, o
 DEFAULT_WORKSPACE = "rae-workspace"
 
 
-def options_for(as_json: bool = False, quiet: bool = False, restart: bool = False, device: str = "auto") -> "Options":
+def options_for(
+    as_json: bool = False,
+    quiet: bool = False,
+    restart: bool = False,
+    device: str = "auto",
+    crew: "Crew | None" = None,
+) -> "Options":
     """What the options mean for whatever is run; also sends the log where it belongs."""
     from rae.pipeline.console import Console, log_to
-    from rae.pipeline.launch import is_main
+    from rae.pipeline.launch import Crew, is_main
     from rae.pipeline.runner import Options
 
     quiet = quiet or not is_main()
     log_to("stderr", quiet)
-    return Options(restart=restart, device=device, console=Console(quiet, as_json))
+    return Options(restart=restart, device=device, crew=crew or Crew(), console=Console(quiet, as_json))

@@ -26,6 +26,7 @@ from rae.pipeline.cli_export import export_app
 from rae.pipeline.cli_import import import_app
 
 if TYPE_CHECKING:
+    from rae.pipeline.launch import Crew
     from rae.pipeline.plan import Pipeline
     from rae.pipeline.runner import Options, Outcome
     from rae.store.errors import RaeError
@@ -79,7 +80,7 @@ def run_command(
 
 
 def _stage_command(name: str, summary: str) -> None:
-    """Every stage's verb takes the same options and does the same: run that stage."""
+    """The other stages' verbs take the same options and do the same: run that stage."""
 
     def command(
         config: Config,
@@ -135,7 +136,39 @@ def shards_command(
     _show_outcome(runner.convert(section, out, options), options)
 
 
-_stage_command("encode", "Encode every image once into the latent store.")
+@app.command("encode")
+def encode_command(
+    config: Config,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    overrides: Set = None,
+    processes: Annotated[int, typer.Option(min=1, help="So many processes on this machine.")] = 1,
+    scheduler: Annotated[str | None, typer.Option(help="The dask scheduler whose workers encode: tcp://...")] = None,
+    parts: Annotated[
+        str | None, typer.Option(metavar="I/N", help="This share of the parts, 0/N to N-1/N: for job arrays.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    device: Device = "auto",
+) -> None:
+    """Encode every image once into the latent store."""
+    from rae.pipeline import launch, runner
+    from rae.store.errors import OthersAtWork
+
+    crew = launch.Crew(processes, scheduler, launch.share_of(parts) if parts else (0, 1))
+    pipeline, options = _prepare(config, workspace, overrides, as_json, quiet, restart, device, crew)
+    if dry_run:
+        _show_plan(pipeline, ["encode"], options)
+        return
+    try:
+        _show_outcome(runner.run_verb(pipeline, "encode", options), options)
+    except OthersAtWork as others:
+        options.console.say(f"{others.message}; when all shares are done, the last one finishes the latents")
+        if as_json and launch.is_main():
+            options.console.print_json({"kind": "latents", "parts": others.total, "missing_parts": others.remaining})
+
+
 _stage_command("train_decoder", "Train the ViT decoder that turns tokens back into pixels.")
 _stage_command("train_dit", "Train the diffusion transformer on the stored latents.")
 _stage_command("sample", "Draw latents from the transformer and decode them to images.")
@@ -226,13 +259,14 @@ def _prepare(
     quiet: bool = False,
     restart: bool = False,
     device: str = "auto",
+    crew: "Crew | None" = None,
 ) -> tuple["Pipeline", "Options"]:
     from rae.pipeline import config as configuration
     from rae.pipeline.plan import Pipeline
     from rae.store.artifacts import Workspace
 
     settings = configuration.load(config, overrides)
-    options = options_for(as_json, quiet, restart, device)
+    options = options_for(as_json, quiet, restart, device, crew)
     return Pipeline(settings, Workspace(workspace), configuration.words(config, overrides)), options
 
 

@@ -1,19 +1,31 @@
 """Where a stage runs: the only place that knows of devices and processes.
 
-Several processes are started by torchrun: `torchrun --nproc-per-node 8 -m rae.pipeline.cli train-dit CONFIG`. Rank 0
-finds, begins and publishes; all ranks work on its attempt.
+torchrun starts processes that train, sample or encode together: `torchrun --nproc-per-node 8 -m rae.pipeline.cli
+train-dit CONFIG`. Rank 0 finds, begins and publishes; all ranks work on its attempt. Encoding needs no such company:
+parts are done in any order by the workers of dask, local or a cluster's, or by the tasks of a job array.
 """
 
+import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from rae.store.errors import ConfigError
+from rae.store.errors import ConfigError, MissingInput, PartialResult, RaeError
 from rae.store.manifest import Json
 
 if TYPE_CHECKING:
+    from distributed import Client
+
+    from rae.stages.job import Spread
     from rae.stages.training.ranks import Ranks
+
+Unit = Callable[[str, int], None]  # does the unit of work of a number on a device
+_UNITS_IN_FLIGHT = 256  # more than there are workers; a million parts need no million futures
+_SECONDS_TO_ANSWER = 30
 
 T = TypeVar("T")
 
@@ -71,3 +83,113 @@ def provenance(device: str) -> Json:
 
     name = torch.cuda.get_device_name() if device.startswith("cuda") else device
     return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who encodes: this process, so many local ones, or the workers of a dask scheduler; all parts, or share i of n."""
+
+    processes: int = 1
+    scheduler: str | None = None
+    share: tuple[int, int] = (0, 1)
+
+    def __post_init__(self) -> None:
+        spread = self.scheduler is not None or self.processes > 1
+        if self.scheduler is not None and self.processes > 1:
+            raise ConfigError("--processes starts workers here and --scheduler takes those that it has: give one")
+        if spread and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ConfigError("torchrun has started processes already: leave out --processes and --scheduler")
+
+
+def share_of(text: str) -> tuple[int, int]:
+    """`3/8` of `--parts` is (3, 8): share number 3 of 8, counted from 0."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise ConfigError(f"--parts {text} is no share: of 8 shares, the first is 0/8 and the last 7/8")
+    return int(match[1]), int(match[2])
+
+
+def spread(crew: Crew, unit: Unit, device: str) -> "Spread | None":
+    """What has the crew do units of work; None if this process does them."""
+    if crew.processes == 1 and crew.scheduler is None:
+        return None
+    return partial(_spread, crew, partial(_on_a_worker, unit, device))
+
+
+def _spread(
+    crew: Crew,
+    work: Callable[[int], None],
+    numbers: Sequence[int],
+    done: Callable[[int], None],
+    stopping: Callable[[], bool],
+) -> None:
+    import distributed
+
+    waiting, running = iter(numbers), dict[distributed.Future, int]()
+    with _workers(crew) as client:
+        try:
+            while not stopping():
+                while len(running) < _UNITS_IN_FLIGHT and (number := next(waiting, None)) is not None:
+                    running[client.submit(work, number, pure=False)] = number
+                if not running:
+                    return
+                try:
+                    finished = distributed.wait(list(running), timeout=0.5, return_when="FIRST_COMPLETED").done
+                except TimeoutError:
+                    continue
+                for future in finished:
+                    number = running.pop(future)
+                    future.result()
+                    done(number)
+        except distributed.KilledWorker as error:
+            raise PartialResult(
+                f"the workers that encoded a part died again and again ({error}): out of memory, perhaps"
+            ) from error
+        except (distributed.CancelledError, distributed.comm.CommClosedError) as error:
+            raise PartialResult(f"the dask scheduler {crew.scheduler} is gone; what is done is kept") from error
+        except ModuleNotFoundError as error:
+            raise MissingInput(f"a dask worker has no module `{error.name}`: install the same rae there") from error
+
+
+@contextmanager
+def _workers(crew: Crew) -> Iterator["Client"]:
+    """A dask client, of the scheduler that is named or of a local cluster that lives within the block."""
+    import distributed
+
+    if crew.scheduler is None:
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // crew.processes))
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        options = {"threads_per_worker": 1, "dashboard_address": None, "env": environment}
+        options |= {"silence_logs": logging.ERROR}
+        cluster = distributed.LocalCluster(n_workers=crew.processes, **options)
+        with cluster, distributed.Client(cluster) as client:
+            yield client
+        return
+    try:
+        client = distributed.Client(crew.scheduler, timeout=_SECONDS_TO_ANSWER)
+    except (OSError, ValueError) as error:
+        raise MissingInput(f"no dask scheduler answers at {crew.scheduler}", "dask scheduler") from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=_SECONDS_TO_ANSWER)
+        except TimeoutError as error:
+            raise MissingInput(
+                f"the dask scheduler {crew.scheduler} has no workers", f"dask worker {crew.scheduler} --nthreads 1"
+            ) from error
+        yield client
+
+
+def _on_a_worker(unit: Unit, device: str, number: int) -> None:
+    """Do a unit of work in a dask worker. Local workers share out the GPUs; others see those of their environment."""
+    import distributed
+    import torch
+
+    worker = distributed.get_worker()
+    place = device_of(device)
+    if place == "cuda" and isinstance(worker.name, int):
+        place = f"cuda:{worker.name % torch.cuda.device_count()}"
+    try:
+        unit(place, number)
+    except RaeError as error:
+        where = f"on the worker {worker.address}, whose folder is {os.getcwd()}"
+        raise type(error)(f"{error.message} ({where})", error.next_command) from error

@@ -75,12 +75,16 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Task:
-    """One stage of one configuration: what would be made, from what, and how."""
+    """One stage of one configuration: what would be made, from what, and how.
+
+    `unit(device, number)`, of a stage whose work can be spread over processes, does a unit of it; it can be pickled.
+    """
 
     stage: Stage
     recipe: Json
     inputs: dict[str, Artifact]
     run: Callable[[Job], Result]
+    unit: Callable[[str, int], None] | None = None
 
 
 class Pipeline:

@@ -32,6 +32,7 @@ class Options:
 
     restart: bool = False
     device: str = "auto"
+    crew: launch.Crew = field(default_factory=launch.Crew)
     console: Console = field(default_factory=Console)
     command: str = field(default_factory=again)  # what continues this run
 
@@ -155,6 +156,8 @@ def _run(task: Task, work: Work, device: str, options: Options) -> Manifest:
             stopping=lambda: bool(stop),
             check_stop=stop.check,
             device=device,
+            share=options.crew.share,
+            spread=launch.spread(options.crew, task.unit, options.device) if task.unit else None,
         )
         result = task.run(job)
     seconds = round(time.monotonic() - clock, 2)
@@ -174,6 +177,7 @@ def _run(task: Task, work: Work, device: str, options: Options) -> Manifest:
             "python": platform.python_version(),
             "platform": platform.platform(),
             **launch.provenance(device),
+            **result.provenance,
         },
     )
 

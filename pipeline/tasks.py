@@ -3,9 +3,13 @@
 Nothing here loads torch before a task is run: whether work is done is a question of digests alone.
 """
 
+import json
 from collections.abc import Callable
-from typing import Any
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from rae.pipeline.config import PipelineConfig
 from rae.pipeline.plan import STAGES, Pipeline, Task
 from rae.stages import shards
 from rae.stages.job import Job, Result
@@ -25,8 +29,12 @@ from rae.stages.sections import (
     TrainDecoderSection,
     TrainDitSection,
 )
-from rae.store.artifacts import Artifact
-from rae.store.manifest import Json
+from rae.store.artifacts import Artifact, Workspace
+from rae.store.errors import StaleInput
+from rae.store.manifest import Json, canonical, differing_fields, recipe_id
+
+if TYPE_CHECKING:
+    from rae.stages.encode import Encoding
 
 
 def _recipe(stage: str, config: Json, inputs: dict[str, Artifact] | None = None, **digests: Any) -> Json:
@@ -48,10 +56,48 @@ def _encode(pipeline: Pipeline) -> Task:
 
     def run(job: Job) -> Result:
         from rae.stages import encode
+        from rae.store.latents_takeover import EarlierParts
 
-        return encode.run(section, source, encoder_source, job)
+        return encode.run(
+            section, source, encoder_source, job, EarlierParts(_encoded_alike(pipeline.workspace, recipe))
+        )
 
-    return Task(STAGES["encode"], recipe, pipeline.shards, run)
+    root = str(pipeline.workspace.root.absolute())
+    unit = partial(encode_part, pipeline.config.model_dump_json(), root, canonical(recipe).decode())
+    return Task(STAGES["encode"], recipe, pipeline.shards, run, unit)
+
+
+def _encoded_alike(workspace: Workspace, recipe: Json) -> list[Artifact]:
+    """Latents of the same settings, of whatever source shards and classes, the newest first."""
+
+    def settings(recipe: Json) -> Json:
+        return {key: value for key, value in recipe.items() if key not in ("source", "classes")}
+
+    found = [one for one in workspace.artifacts("latents") if settings(one.manifest.recipe) == settings(recipe)]
+    return sorted(found, key=lambda one: str(one.manifest.provenance.get("created")), reverse=True)
+
+
+def encode_part(config: str, workspace: str, recipe: str, device: str, number: int) -> None:
+    """Encode one part of latents that another process has begun; `config` and `recipe` are JSON.
+
+    Finds images and encoder for itself. Raises `StaleInput` unless what it finds makes this recipe.
+    """
+    folder, encoding = _found_here(config, workspace, recipe, device)
+    encoding.write([number], Job(folder))
+
+
+@cache
+def _found_here(config: str, workspace: str, recipe: str, device: str) -> tuple[Path, "Encoding"]:
+    """The latents' folder, and the images and the encoder as this process finds them: once for all parts."""
+    from rae.stages.encode import Encoding
+
+    pipeline = Pipeline(PipelineConfig.model_validate_json(config), Workspace(workspace), [])
+    asked = json.loads(recipe)
+    if fields := "; ".join(differing_fields(asked, pipeline.task("encode").recipe)):
+        raise StaleInput(f"what is found there would make other latents ({fields})")
+    section = pipeline.section("encode", EncodeSection)
+    encoding = Encoding(section, pipeline.train, pipeline.encoder_source, device)
+    return pipeline.workspace.folder("latents", recipe_id(asked)), encoding
 
 
 def _train_decoder(pipeline: Pipeline) -> Task:

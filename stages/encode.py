@@ -1,113 +1,134 @@
 """`rae encode`: every image once through the frozen encoder, into the latent store.
 
-The unit of work is a part: consecutive samples of one source shard. A part is encoded in fixed batches, the last one
-padded, because convolution kernels change the last bits of a result with the batch size; an image that cannot be used
-leaves a hole of zeros in its batch, so that its neighbours do not change either.
+The unit of work is a part: consecutive samples of one source shard. Whoever takes a part writes and records it alone,
+so processes, torchrun's ranks, dask's workers and a cluster's array tasks take them in any order; two that take the
+same one agree on the first. Parts that an earlier store holds already are taken over instead of encoded.
 """
 
-import hashlib
 import json
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from rae.stages.images import BadImage, center_crop, decode
 from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.encoders import Encoder, describe, load_encoder
 from rae.stages.models.geometry import input_size_for
-from rae.stages.models.pixels import to_unit
 from rae.stages.models.weights import EncoderSource
+from rae.stages.parts import write_parts
 from rae.stages.sections import EncodeSection
 from rae.stages.training.ranks import Ranks
+from rae.store.errors import OthersAtWork
 from rae.store.latents_finish import completed_parts, finish
-from rae.store.latents_writer import PartWriter
-from rae.store.layout import LatentLayout, plan_parts
-from rae.store.part_record import IndexRow
+from rae.store.latents_takeover import EarlierParts
+from rae.store.layout import LatentLayout, Part, plan_parts
+from rae.store.part_record import is_recorded
 from rae.store.publish import replace_bytes
 from rae.store.shards import Source
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """One sample on its way to the encoder: pixels uint8 [S, S, 3], or the reason why there are none."""
+class Encoding:
+    """One source through one encoder: the parts that this makes, and the means to make any of them."""
 
-    row: int
-    pixels: np.ndarray | None
-    reason: str | None
-    sha256: str | None
-    width: int | None
-    height: int | None
+    def __init__(self, section: EncodeSection, source: Source, encoder_source: EncoderSource, device: str) -> None:
+        self._section, self._source, self._device = section, source, device
+        self._encoder_source = encoder_source
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        input_size = input_size_for(self._encoder_source, self._section.image_size, self._section.encoder_input_size)
+        return load_encoder(self._encoder_source, input_size, self._section.feature_index, self._device)
+
+    @cached_property
+    def layout(self) -> LatentLayout:
+        height, width = self.encoder.grid
+        views = 2 if self._section.horizontal_flip else 1
+        return LatentLayout(
+            views=views,
+            channels=self.encoder.token_dim,
+            height=height,
+            width=width,
+            dtype=self._section.dtype,
+            compressor=self._section.compressor,
+            rows_per_part=self._section.rows_per_part or LatentLayout.default_rows_per_part(views),
+        )
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        return plan_parts([shard.samples for shard in self._source.shards], self.layout.rows_per_part)
+
+    def write(self, numbers: Sequence[int], job: Job, done: Callable[[int], None] = lambda images: None) -> None:
+        """Encode the parts of these numbers, in this order, those that are recorded meanwhile left out.
+
+        Calls `done` with numbers of images as they are written. Stops where `job` says so, between parts if it can.
+        """
+        parts = (self.parts[number] for number in numbers if not is_recorded(job.folder, number))
+        with closing(write_parts(parts, self._section, self._source, self.encoder, self.layout, job.folder)) as written:
+            for images, ends_part in written:
+                done(images)
+                if ends_part or job.stopping():
+                    job.check_stop()
 
 
-def run(section: EncodeSection, source: Source, encoder_source: EncoderSource, job: Job) -> Result:
-    """Encode what is missing of `source` and describe the finished store."""
-    input_size = input_size_for(encoder_source, section.image_size, section.encoder_input_size)
-    encoder = load_encoder(encoder_source, input_size, section.feature_index, job.device)
-    height, width = encoder.grid
-    views = 2 if section.horizontal_flip else 1
-    layout = LatentLayout(
-        views=views,
-        channels=encoder.token_dim,
-        height=height,
-        width=width,
-        dtype=section.dtype,
-        compressor=section.compressor,
-        rows_per_part=section.rows_per_part or LatentLayout.default_rows_per_part(views),
-    )
-    parts = plan_parts([shard.samples for shard in source.shards], layout.rows_per_part)
-    ranks = Ranks.from_environment()
-    # Agreed on, since parts appear meanwhile: ranks that counted for themselves would leave some to nobody.
-    done = ranks.broadcast(completed_parts(job.folder, layout, parts))
-    missing = [part for part in parts if part.number not in done][ranks.rank :: ranks.world_size]
-    before, total, began = sum(part.count for part in parts if part.number in done), len(source), time.monotonic()
+def run(
+    section: EncodeSection, source: Source, encoder_source: EncoderSource, job: Job, earlier: EarlierParts
+) -> Result:
+    """Encode what is missing of `source` and not in `earlier`, and describe the finished store.
 
-    def report(encoded: int) -> None:
-        rate = encoded / (time.monotonic() - began)
-        job.progress(before + encoded, total, "images", images_per_second=rate)
-
-    encoded, verified = 0, set[str]()
-    with ThreadPoolExecutor(max(1, section.workers), thread_name_prefix="decode") as pool:
-        for part in missing:
-            shard = source.shards[part.source_shard]
-            if shard.name not in verified:
-                source.verify(shard)  # what the index said of its digest was a hint
-                verified.add(shard.name)
-            first = shard.first + part.first_sample
-            batches = _decoded_batches(source, range(first, first + part.count), section, pool)
-            with PartWriter(job.folder, layout, part) as writer:
-                for batch in batches:
-                    latents = _encode_batch(encoder, batch, section)
-                    for sample, latent in zip(batch, latents, strict=True):
-                        _write(writer, sample.row - first, sample, latent, source)
-                    encoded += len(batch)
-                    report(encoded)
-                    if job.stopping():
-                        break  # the part is dropped, and encoded anew when the work goes on
-                else:
-                    writer.publish()
-            job.check_stop()
+    Raises `OthersAtWork` if `job` has only a share of the parts and some of the others are not done.
+    """
+    encoding, ranks = Encoding(section, source, encoder_source, job.device), Ranks.from_environment()
+    layout, parts = encoding.layout, encoding.parts
+    _write_missing(encoding, source, job, earlier, ranks)
     ranks.barrier()
+    if missing := ranks.broadcast(len(parts) - len(completed_parts(job.folder, layout, parts))):
+        raise OthersAtWork(missing, len(parts))
     if not ranks.is_main:
         return NOTHING
     summary = finish(job.folder, layout, parts, source.digests)
     metrics: dict[str, Any] = {
         "rows": summary.rows,
         "invalid_rows": summary.invalid_rows,
-        "views": views,
-        "shape": [encoder.token_dim, height, width],
+        "views": layout.views,
+        "shape": list(layout.latent_shape),
         "classes": source.num_classes,
         "bytes": summary.bytes,
     }
     if summary.reasons:
         metrics["invalid_reasons"] = dict(summary.reasons)
-    return Result(summary.content, metrics, (*summary.files, *_describe(job.folder, encoder, source)))
+    taken_over = earlier.taken_over(job.folder)
+    provenance = {"parts_taken_over": taken_over} if taken_over else {}
+    files_made = (*summary.files, *_describe(job.folder, encoding.encoder, source))
+    return Result(summary.content, metrics, files_made, provenance)
+
+
+def _write_missing(encoding: Encoding, source: Source, job: Job, earlier: EarlierParts, ranks: Ranks) -> None:
+    """See to it that this job's share of the parts is recorded."""
+    layout, parts = encoding.layout, encoding.parts
+    share, shares = job.share
+    mine = parts[share::shares]
+    if ranks.is_main:
+        done = completed_parts(job.folder, layout, parts)
+        earlier.take_over((part for part in mine if part.number not in done), job.folder, layout, source)
+    # Agreed on, since parts appear meanwhile: ranks that counted for themselves would leave some to nobody.
+    done = ranks.broadcast(completed_parts(job.folder, layout, parts))
+    missing = [part.number for part in mine if part.number not in done][ranks.rank :: ranks.world_size]
+    before, total = sum(part.count for part in mine if part.number in done), sum(part.count for part in mine)
+    encoded, began = 0, time.monotonic()
+
+    def report(images: int) -> None:
+        nonlocal encoded
+        encoded += images
+        rate = encoded / (time.monotonic() - began)
+        job.progress(before + encoded, total, "images", images_per_second=rate)
+
+    if job.spread is None:
+        encoding.write(missing, job, report)
+    else:
+        job.spread(missing, lambda number: report(parts[number].count), job.stopping)
+        job.check_stop()
 
 
 def _describe(folder: Path, encoder: Encoder, source: Source) -> list[Path]:
@@ -118,62 +139,3 @@ def _describe(folder: Path, encoder: Encoder, source: Source) -> list[Path]:
     for name, value in texts.items():
         replace_bytes(folder / name, json.dumps(value, indent=1, sort_keys=True).encode())
     return [folder / name for name in texts]
-
-
-def _decoded_batches(
-    source: Source, rows: range, section: EncodeSection, pool: ThreadPoolExecutor
-) -> Iterator[list[Decoded]]:
-    """Batches of decoded samples in order, the next ones decoding while the encoder works."""
-    ahead: deque[list[Future[Decoded]]] = deque()
-    starts = iter(range(0, len(rows), section.batch_size))
-    decode_row: Callable[[int], Decoded] = lambda row: _decode_row(source, row, section.image_size)  # noqa: E731
-    while True:
-        while len(ahead) < 3 and (start := next(starts, None)) is not None:
-            ahead.append([pool.submit(decode_row, row) for row in rows[start : start + section.batch_size]])
-        if not ahead:
-            return
-        yield [future.result() for future in ahead.popleft()]
-
-
-def _decode_row(source: Source, row: int, size: int) -> Decoded:
-    reason = source.reason(row)
-    if reason is not None:
-        return Decoded(row, None, reason, None, None, None)
-    data = source.read(row)
-    digest = hashlib.sha256(data).hexdigest()
-    try:
-        image = decode(data)
-        return Decoded(row, center_crop(image, size), None, digest, image.width, image.height)
-    except BadImage as bad:
-        return Decoded(row, None, bad.reason, digest, None, None)
-
-
-@torch.inference_mode()
-def _encode_batch(encoder: Encoder, batch: list[Decoded], section: EncodeSection) -> np.ndarray:
-    """Latents [B, V, C, H, W] of a batch padded to its full size: float16 where the store keeps that, else float32."""
-    size = section.image_size
-    pixels = np.zeros((section.batch_size, size, size, 3), np.uint8)
-    for position, sample in enumerate(batch):
-        if sample.pixels is not None:
-            pixels[position] = sample.pixels
-    device = encoder.device
-    images = to_unit(pixels, device)
-    views = [images, images.flip(-1)] if section.horizontal_flip else [images]
-    with torch.autocast(device.type, torch.bfloat16, enabled=section.precision == "bf16"):
-        tokens = torch.stack([encoder(view) for view in views], dim=1)
-    return tokens[: len(batch)].float().cpu().numpy().astype("float16" if section.dtype == "float16" else "float32")
-
-
-def _write(writer: PartWriter, position: int, sample: Decoded, latent: np.ndarray, source: Source) -> None:
-    label = int(source.labels[sample.row])
-    entry: IndexRow = {
-        "key": source.keys[sample.row],
-        "label": label if label >= 0 else None,
-        "sha256": sample.sha256,
-        "width": sample.width,
-        "height": sample.height,
-    }
-    if sample.reason is not None:
-        writer.invalid(position, sample.reason, **entry)
-    else:
-        writer.write(position, latent, **entry)

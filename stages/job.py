@@ -1,9 +1,18 @@
 """What a stage is handed besides its configuration and inputs, and what it hands back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+
+class Spread(Protocol):
+    """Has other processes do units of a stage's work, by their numbers, in any order.
+
+    Calls `done` with the number of each one that is done. Returns early, some undone, once `stopping` says so.
+    """
+
+    def __call__(self, numbers: Sequence[int], done: Callable[[int], None], stopping: Callable[[], bool]) -> None: ...
 
 
 class Progress(Protocol):
@@ -27,7 +36,8 @@ class Job:
     `folder` is this attempt's own and holds its payload. `earlier` are unfinished attempts at the same recipe, the
     newest first: a stage takes over what is valid in them. `check_stop` is called where the stage could stop without
     losing anything; it raises `Interrupted` or `PartialResult` after Ctrl-C or SIGTERM, so a trainer calls it right
-    after saving. `stopping` says beforehand whether that is about to happen.
+    after saving. `stopping` says beforehand whether that is about to happen. `share` is (i, n): of the units of work
+    that can be done apart, those whose number is i modulo n are its own. `spread` has others do them, if they are to.
     """
 
     folder: Path
@@ -36,15 +46,21 @@ class Job:
     stopping: Callable[[], bool] = lambda: False
     check_stop: Callable[[], None] = never
     device: str = "cpu"
+    share: tuple[int, int] = (0, 1)
+    spread: Spread | None = None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage made: `content` is its logical digest (see DESIGN of artifacts), `files` its payload."""
+    """What a stage made: `content` is its logical digest (see DESIGN of artifacts), `files` its payload.
+
+    `provenance` is what else a reader of the manifest may want to know of how it came to be.
+    """
 
     content: str
     metrics: dict[str, Any]
     files: tuple[Path, ...] = field(default=())
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 # What ranks other than the first hand back: the first describes what all of them made.

@@ -86,6 +86,7 @@ class EncodeSection(Section):
     batch_size: Positive = 32
     rows_per_part: Positive | None = None
     precision: Precision = "float32"
+    max_image_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = 178_956_970  # Pillow opens nothing larger
     workers: Annotated[int, Field(ge=0), Runtime] = 2
     allow_download: Annotated[bool, Runtime] = False
 

@@ -117,9 +117,9 @@ class Workspace:
             raise CorruptData(f"{folder / 'manifest.json'} is the manifest of {artifact.kind}/{artifact.id}")
         return artifact
 
-    def artifacts(self) -> Iterator[Artifact]:
-        """Every published artifact, by kind and id."""
-        for kind in KINDS:
+    def artifacts(self, *kinds: str) -> Iterator[Artifact]:
+        """Every published artifact (of these kinds), by kind and id."""
+        for kind in kinds or KINDS:
             for manifest in sorted(self.root.glob(f"objects/{kind}/*/manifest.json")):
                 if (artifact := self._read(kind, manifest.parent.name)) is not None:
                     yield artifact

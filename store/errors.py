@@ -45,6 +45,16 @@ class PartialResult(RaeError):
     exit_code = 6
 
 
+class OthersAtWork(RaeError):
+    """This process has done its share, and others have not: no failure, but nothing is published yet (exit code 0)."""
+
+    exit_code = 0
+
+    def __init__(self, remaining: int, total: int, next_command: str | None = None) -> None:
+        super().__init__(f"this share is done; {remaining} of {total} parts are still missing", next_command)
+        self.remaining, self.total = remaining, total
+
+
 class Interrupted(PartialResult):
     """Ctrl-C: stopped by the person at the keyboard; can be continued (exit code 130)."""
 

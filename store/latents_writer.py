@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rae.store.compression import compress
 from rae.store.errors import CorruptData, PartialResult
 from rae.store.layout import LatentLayout, Part
-from rae.store.part_record import COLUMNS, FOLDER, IndexRow, PartRecord, moments_path, record_path
+from rae.store.part_record import COLUMNS, FOLDER, IndexRow, PartRecord, is_recorded, moments_path, record_path
 from rae.store.publish import make_folder, publish_bytes, publish_file, temporary_name
 from rae.store.stats import Moments, RunningStats
 from rae.store.stored_part import StoredPart, checksums
@@ -121,7 +121,7 @@ class PartWriter:
             shard.abort()
 
     def _recorded(self) -> bool:
-        return record_path(self._folder, self._part.number).exists()
+        return is_recorded(self._folder, self._part.number)
 
     def _publish_files(self, digests: list[str]) -> None:
         moments = self._stats.moments()

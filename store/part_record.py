@@ -49,6 +49,11 @@ def record_path(folder: Path, number: int) -> Path:
     return folder / FOLDER / f"{number:06d}.json"
 
 
+def is_recorded(folder: Path, number: int) -> bool:
+    """Whether a part is done."""
+    return record_path(folder, number).exists()
+
+
 def moments_path(folder: Path, number: int) -> Path:
     """Where the (count, mean, M2) of a part lie below a store's folder."""
     return folder / FOLDER / f"{number:06d}.npz"

@@ -17,6 +17,7 @@ from rae.stages.models.weights import locate_encoder
 from rae.stages.sections import EncodeSection
 from rae.store.errors import CorruptData, PartialResult
 from rae.store.latents import LatentStore
+from rae.store.latents_takeover import EarlierParts
 from rae.store.shards import Source, open_source
 from rae.store.shards_writer import ShardWriter
 
@@ -43,7 +44,7 @@ def write_shards(folder: Path, images: list[bytes]) -> Source:
 
 def run(folder: Path, source: Source, section: EncodeSection = SECTION, **job: object) -> LatentStore:
     folder.mkdir(exist_ok=True)
-    encode.run(section, source, locate_encoder(section.encoder), Job(folder, **job))  # type: ignore[arg-type]
+    encode.run(section, source, locate_encoder(section.encoder), Job(folder, **job), EarlierParts())  # type: ignore[arg-type]
     return LatentStore(folder, raw=True)
 
 
@@ -91,7 +92,7 @@ def test_images_none_of_which_decode_are_refused_with_the_reason(tmp_path: Path)
 
 
 def test_an_interrupted_encode_continues_by_part_to_the_same_bytes(tmp_path: Path) -> None:
-    source = write_shards(tmp_path / "shards", [png(seed) for seed in range(9)])
+    source = write_shards(tmp_path / "shards", [png(seed) for seed in range(60)])
     whole = run(tmp_path / "whole", source)
     parts: list[int] = []
 
@@ -103,11 +104,11 @@ def test_an_interrupted_encode_continues_by_part_to_the_same_bytes(tmp_path: Pat
     with pytest.raises(PartialResult):
         run(tmp_path / "latents", source, check_stop=stop_after_first_part)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").glob("latents/c/*/0/0/0/0")}
-    assert len(done) == 1
+    assert 1 <= len(done) < 20  # what was under way when it stopped may have ended well
     store = run(tmp_path / "latents", source)
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in done.items())
     for view in (0, 1):
-        np.testing.assert_array_equal(store.rows(range(9), view), whole.rows(range(9), view))
+        np.testing.assert_array_equal(store.rows(range(60), view), whole.rows(range(60), view))
     for name in ("index.parquet", "stats.npz"):
         assert (tmp_path / "latents" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
