@@ -35,3 +35,26 @@ def official_command(
     made = import_official(official, Workspace(workspace), options)
     if as_json:
         options.console.print_json(made)
+
+
+@import_app.command("diffusers")
+def diffusers_command(
+    model: Annotated[str, typer.Argument(help="The folder or hub id of an AutoencoderKL of diffusers.")],
+    name: Annotated[str, typer.Option(help="What decoder/NAME will mean.")],
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; by default the model's sample_size.")] = None,
+    allow_download: Annotated[
+        bool, typer.Option("--allow-download", help="Fetch from the hub what is missing.")
+    ] = False,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    restart: Restart = False,
+) -> None:
+    """Import the decoder of an AutoencoderKL, for samples and scores of the baseline: `sample.decoder: NAME`."""
+    from rae.pipeline.import_diffusers import import_diffusers
+    from rae.store.artifacts import Workspace
+
+    options = options_for(as_json, quiet, restart, device="cpu")
+    made = import_diffusers(model, name, image_size, allow_download, Workspace(workspace), options)
+    if as_json:
+        options.console.print_json(made.to_json())

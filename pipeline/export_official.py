@@ -69,11 +69,13 @@ def export_official(ref: str, out: Path, workspace: Workspace, console: Console)
 
 
 def _decoder_files(artifact: Artifact) -> dict[str, Callable[[Path], None]]:
+    from rae.stages.models.decoder import ViTDecoder
     from rae.stages.models.trained import Decoder, read_latent_stats
 
     decoder = Decoder.load(artifact.payload)
     check_encoder(decoder.encoder, artifact)
-    config = decoder.config
+    assert isinstance(decoder.model, ViTDecoder)  # what else reads the tokens of these encoders
+    config = decoder.model.config
     about = {
         "architectures": ["ViTMAEForPreTraining"],
         "model_type": "vit_mae",

@@ -5,6 +5,7 @@ import shutil
 from rae.pipeline.console import Console, duration, size
 from rae.pipeline.plan import STAGES, Pipeline
 from rae.pipeline.runner import payload_bytes
+from rae.stages.models.model_folder import read_json
 from rae.stages.sections import EncodeSection
 from rae.store.artifacts import Artifact, Unfinished, Workspace
 from rae.store.errors import MissingInput, RaeError
@@ -65,14 +66,18 @@ def show_artifact(workspace: Workspace, ref: str, console: Console) -> None:
     """One artifact: numbers, settings, inputs, and of latents the invalid rows with their reasons."""
     artifact = workspace.resolve(ref)
     manifest = artifact.manifest
-    invalid = _invalid_rows(artifact)
+    invalid, encoder = _invalid_rows(artifact), _encoder(artifact)
     if console.as_json:
         details = {"path": str(artifact.folder), "config": manifest.config, "provenance": manifest.provenance}
-        console.print_json(_summary(artifact) | details | {"recipe": manifest.recipe, "invalid": invalid})
+        console.print_json(
+            _summary(artifact) | details | {"recipe": manifest.recipe, "encoder": encoder, "invalid": invalid}
+        )
         return
     console.say(f"{artifact.kind}/{artifact.id}  `{manifest.name}`  {size(payload_bytes(artifact))}  {artifact.folder}")
     console.say(f"content {manifest.content}")
     sections = {"numbers": manifest.metrics, "provenance": manifest.provenance, **manifest.config}
+    if encoder is not None:
+        sections["encoder of its tokens"] = {key: value for key, value in encoder.items() if value is not None}
     for title, values in sections.items():
         console.say(f"{title}:")
         for key, value in values.items():
@@ -94,6 +99,19 @@ def _lineage(workspace: Workspace, artifact: Artifact, depth: int) -> list[str]:
         if (folder / "manifest.json").is_file():
             lines += _lineage(workspace, workspace.resolve(f"{one['kind']}/{one['id']}"), depth + 1)
     return lines
+
+
+def _encoder(artifact: Artifact) -> Json | None:
+    """The encoder of an artifact's tokens: width, grid, input size, normalisation, digest, and version if it has one.
+
+    None for kinds without. Raises `CorruptData` if its description cannot be read.
+    """
+    file = {"latents": "encoder.json", "decoder": "decoder.json", "dit": "dit.json"}.get(artifact.kind)
+    if file is None or not (path := artifact.payload / file).is_file():
+        return None
+    described = read_json(path)
+    encoder: Json | None = described if artifact.kind == "latents" else described.get("encoder")
+    return encoder
 
 
 def _invalid_rows(artifact: Artifact) -> list[Json]:
