@@ -41,7 +41,7 @@ def check_decoder(path: Path) -> None:
     decoder, weights = ViTDecoder(config), below(tensors, "weight/")
     decoder.load_state_dict(weights, strict=True)
     positions = sincos_positions(config.hidden_size, config.grid)
-    torch.testing.assert_close(positions, weights["decoder_pos_embed"], atol=1e-6, rtol=0)
+    close(positions, weights["decoder_pos_embed"], "positions")
 
     # Either of the statistics may be absent; officially a variance is then one.
     io, eps = below(tensors, "io/"), float(about.get("stats_eps", EPSILON))

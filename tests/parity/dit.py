@@ -47,7 +47,7 @@ def check_dit(path: Path) -> None:
     model, guide = build_dit(config).eval(), build_dit(config).eval()
     constant = [key for key in weights if "pos_embed" in key or "rope" in key]
     for key in constant:
-        torch.testing.assert_close(model.state_dict()[key], weights[key], atol=1e-6, rtol=0, msg=key)
+        close(model.state_dict()[key], weights[key], key)
     model.load_state_dict(weights)
     weaker = guide_factor(about)
     guide.load_state_dict({key: value * (1 if key in constant else weaker) for key, value in weights.items()})

@@ -3,6 +3,7 @@
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,14 +20,20 @@ def drawn(shapes: Mapping[str, Sequence[int]], scale: float) -> dict[str, Tensor
     """A tensor is seeded by crc32 of its name; norms' weights lie around one, `_u` and `_v` have length one."""
     tensors = {}
     for name, shape in shapes.items():
-        generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
-        tensor = torch.from_numpy(generator.standard_normal(shape).astype("float32") * scale)
+        tensor = standard_normal(name, tuple(shape)) * scale
         if "norm" in name and name.endswith("weight"):
             tensor += 1
         if name.endswith(("_u", "_v")):
             tensor /= tensor.norm()
         tensors[name] = tensor
     return tensors
+
+
+@cache
+def standard_normal(name: str, shape: tuple[int, ...]) -> Tensor:
+    """float32; drawn once, since discriminators of one width share most of their names."""
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    return torch.from_numpy(generator.standard_normal(shape).astype("float32"))
 
 
 def shapes_of(module: nn.Module, prefix: str = "") -> dict[str, list[int]]:

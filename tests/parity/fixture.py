@@ -11,13 +11,20 @@ from torch import Tensor
 SUFFIXES = (".safetensors", ".npz", ".json")
 
 
-def fixtures(folder: Path) -> Iterator[Path]:
-    """Every file below `folder` that holds numbers; a folder with `parity.safetensors` is one fixture, an encoder's."""
+def fixtures(folder: Path) -> list[Path]:
+    """Every file below `folder` that holds numbers; a folder with `parity.safetensors` is one fixture, an encoder's.
+
+    Without any it is the folder itself, which fails the walk.
+    """
+    return list(_below(folder)) or [folder]
+
+
+def _below(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if (path / "parity.safetensors").is_file():
             yield path
         elif path.is_dir():
-            yield from fixtures(path)
+            yield from _below(path)
         elif path.suffix in SUFFIXES:
             yield path
 

@@ -28,14 +28,15 @@ CHECKS: dict[str, Callable[[Path], None]] = {
 
 def kind_of(path: Path) -> str:
     """The key of a fixture's check in `CHECKS`; `AssertionError` if none claims it."""
+    assert path.is_file() or (path / "parity.safetensors").is_file(), f"no fixture in {path}"
     if path.is_dir():
-        assert (path / "config.json").is_file(), f"{path} has parity.safetensors and no config.json"
+        assert (path / "config.json").is_file(), f"no check claims {path}: it has no config.json"
         return "encoder"
     stated = metadata(path).get("kind") if path.suffix == ".safetensors" else None
     if stated in CHECKS:
         return stated
     named = [kind for kind in CHECKS if path.stem.lower().startswith(kind.lower())]
-    assert named, f"no check claims {path}: neither by the kind {stated} nor by its name"
+    assert named, f"no check claims {path}: neither by its kind, {stated}, nor by its name"
     return max(named, key=len)
 
 
