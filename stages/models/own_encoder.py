@@ -188,4 +188,6 @@ def _triple(module: "nn.Module", key: str, name: str) -> Triple:
         first, second, third = (float(value) for value in values)
     except (TypeError, ValueError):
         raise ConfigError(f"`{key}` of the encoder `{name}` is not three numbers: {values!r}") from None
+    if key == "std" and not min(first, second, third) > 0:
+        raise ConfigError(f"`{key}` of the encoder `{name}` is not three numbers above zero: {values!r}")
     return first, second, third
