@@ -1,7 +1,7 @@
 """Reading latents: rows by number, batches in an order that is the same for any number of ranks.
 
 Rows count valid samples, in slot order. Nothing is read at opening but the array's metadata and a line per part;
-shards are mapped when a row of theirs is asked for, and no row is looked at that is not asked for.
+a shard is opened when a row of its is asked for, and no row is looked at that is not asked for.
 """
 
 import json
@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from rae.store.compression import decompress
+from rae.store.buffers import Buffers
+from rae.store.compression import Compressor, decompress
 from rae.store.errors import ConfigError, CorruptData, MissingInput
 from rae.store.formats import StoredArray
 from rae.store.latents_index import (
@@ -31,6 +32,7 @@ from rae.store.latents_index import (
 from rae.store.latents_verify import Problem, verify
 from rae.store.layout import ARRAY_FILE, GROUP_FILE, STATS_FILE, LatentLayout
 from rae.store.order import IntArray, batch_rows, draw, steps_per_epoch
+from rae.store.parallel import sliced
 from rae.store.stats import LatentStats
 from rae.store.stored_part import open_shard
 from rae.store.zarr_shard import Shard, check_size
@@ -81,6 +83,7 @@ class LatentStore:
             raise CorruptData(f"{self.folder / PARTS_FILE} lists other parts than {ARRAY_FILE} has room for")
         self._has_holes = rows < integers(parts, "slots")
         self._first_row = np.concatenate([[0], np.cumsum(rows)])
+        self._buffers = Buffers()
         for name, data in self.layout.metadata_files(self.slots).items():
             if name not in (GROUP_FILE, ARRAY_FILE) and _read_bytes(self.folder / name) != data:
                 raise CorruptData(f"{self.folder / name} does not describe the {name.split('/')[0]} of {ARRAY_FILE}")
@@ -154,24 +157,24 @@ class LatentStore:
         chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), parts.shape)
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.views:
             raise IndexError(f"a store of {self.views} view(s) was asked for views {chosen.min()} to {chosen.max()}")
-        self._announce(parts, places, chosen)  # faulted in one by one, a cold file gives half as much or less
         stored = [self._gather(array, parts, places, chosen) for array in self.layout.arrays]
         return self.layout.decode(tuple(stored))
 
     def _gather(self, array: StoredArray, parts: IntArray, places: IntArray, views: IntArray) -> Latents:
         """What one of the arrays holds of latents, [B, ...] in its stored dtype."""
-        compressor = self.layout.compressor
-        gathered = np.empty((parts.size, self.layout.chunk_bytes(array)), np.uint8)
-        numbers = gathered.view(array.dtype)
-        if compressor != "none":
-            numbers.fill(array.fill)  # nothing that a damaged chunk leaves out may look like numbers
-        for target, part, place, view in zip(numbers, parts.tolist(), places.tolist(), views.tolist(), strict=True):
-            shard = self._shard(part, array)
-            try:
-                decompress(compressor, shard.chunk(place, view), target)
-            except ValueError as error:
-                raise CorruptData(f"row {place} of {shard.path} cannot be decompressed: {error}") from error
-        return numbers.reshape(-1, *self.layout.chunk_shape(array))
+        shape, compressor = (parts.size, self.layout.chunk_bytes(array)), self.layout.compressor
+        gathered = self._buffers.take(shape, np.uint8)
+
+        def fill(some: range) -> None:
+            for one in some:
+                shard, place, view = self._shard(int(parts[one]), array), int(places[one]), int(views[one])
+                if compressor == "none":
+                    shard.read(place, view, gathered[one])
+                else:
+                    _decompress(compressor, shard, place, view, gathered[one].view(array.dtype), array.fill)
+
+        sliced(fill, parts.size, gathered.nbytes)
+        return gathered.view(array.dtype).reshape(-1, *self.layout.chunk_shape(array))
 
     def batches(
         self,
@@ -259,8 +262,16 @@ def _open_shard(
     return shard
 
 
+def _decompress(compressor: Compressor, shard: Shard, place: int, view: int, out: Latents, fill: float | int) -> None:
+    out.fill(fill)  # nothing that a damaged chunk leaves out may look like numbers
+    try:
+        decompress(compressor, shard.chunk(place, view), out)
+    except ValueError as error:
+        raise CorruptData(f"row {place} of {shard.path} cannot be decompressed: {error}") from error
+
+
 def _open_files() -> int:
-    """How many files a process may have open: a map holds one."""
+    """How many files a process may have open: each shard holds one."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 65_536 if limit == resource.RLIM_INFINITY else max(16, min(limit, 65_536))
 

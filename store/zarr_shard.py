@@ -1,4 +1,4 @@
-"""One file of a Zarr v3 sharded array, written as a stream and read through a memory map.
+"""One file of a Zarr v3 sharded array, written as a stream and read by address.
 
 The codec is `sharding_indexed` with its index at the end (Zarr v3 core specification, "sharding codec" 1.0): inner
 chunks, then a table of little-endian (offset, bytes) per chunk in which 2^64 - 1 stands for a chunk that is not there,
@@ -7,8 +7,8 @@ of a multiple of 4096 bytes, each lies on a page boundary.
 """
 
 import hashlib
-import mmap
 import os
+import weakref
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -82,7 +82,9 @@ class ShardWriter:
 
 
 class Shard:
-    """A shard file open for reading: its index, checked once, and a read-only memory map.
+    """A shard file open for reading, and its index, checked once. Threads may share it.
+
+    It is read by address rather than mapped: a file that is cut short under its reader makes an error, not a signal.
 
     Raises `MissingInput` where there is no file and `CorruptData`, naming the file, where it is not a whole shard of
     `rows` x `views` chunks of `chunk_bytes` bytes each; of any size if None, which is what compressed chunks are.
@@ -92,16 +94,17 @@ class Shard:
         self.path = path
         index_bytes = rows * views * 16 + _CRC_BYTES
         try:
-            with open(path, "rb") as file:
-                size = file.seek(0, 2)
-                if size < index_bytes:
-                    raise CorruptData(f"{path} is truncated: {size} bytes, and its index alone takes {index_bytes}")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise MissingInput(f"the shard {path} is missing") from error
-        footer = self._map[size - index_bytes :]
+        weakref.finalize(self, os.close, self._file)
+        size = os.fstat(self._file).st_size
+        if size < index_bytes:
+            raise CorruptData(f"{path} is truncated: {size} bytes, and its index alone takes {index_bytes}")
+        footer = np.empty(index_bytes, np.uint8)
+        self._read(size - index_bytes, footer)
         index = np.frombuffer(footer, "<u8", rows * views * 2).reshape(rows, views, 2)
-        if crc32c(index) != int.from_bytes(footer[-_CRC_BYTES:], "little"):
+        if crc32c(index) != int.from_bytes(footer[-_CRC_BYTES:].tobytes(), "little"):
             raise CorruptData(f"{path} is truncated or damaged: the checksum of its index does not hold")
         self._check_index(index, size - index_bytes, chunk_bytes)
         self._offsets, self._sizes = index[..., 0], index[..., 1]
@@ -122,15 +125,28 @@ class Shard:
         return np.flatnonzero(self._offsets[:, 0] != ABSENT)
 
     def chunk(self, row: int, view: int) -> npt.NDArray[np.uint8]:
-        """The stored bytes of one latent, in the map; `CorruptData` if the slot is empty."""
-        return np.frombuffer(self._map, np.uint8, int(self._sizes[row, view]), self._offset(row, view))
+        """The stored bytes of one latent; `CorruptData` if the slot is empty."""
+        data = np.empty(int(self._sizes[row, view]), np.uint8)
+        self._read(self._offset(row, view), data)
+        return data
+
+    def read(self, row: int, view: int, out: npt.NDArray[np.uint8]) -> None:
+        """`chunk` of an uncompressed shard into `out`, which has its size."""
+        self._read(self._offset(row, view), out)
 
     def announce(self, row: int, view: int) -> None:
         """Ask the system to read one latent ahead; returns at once."""
-        if hasattr(mmap, "MADV_WILLNEED"):
-            offset = self._offset(row, view)
-            start = offset - offset % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_WILLNEED, start, offset + int(self._sizes[row, view]) - start)
+        if hasattr(os, "posix_fadvise"):
+            size = int(self._sizes[row, view])
+            os.posix_fadvise(self._file, self._offset(row, view), size, os.POSIX_FADV_WILLNEED)
+
+    def _read(self, offset: int, out: npt.NDArray[np.uint8]) -> None:
+        done = 0
+        while done < out.size:
+            count = os.preadv(self._file, [out[done:].data], offset + done)
+            if not count:
+                raise CorruptData(f"{self.path} was cut short while it was read")
+            done += count
 
     def _offset(self, row: int, view: int) -> int:
         offset = self._offsets[row, view]
