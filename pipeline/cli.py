@@ -24,6 +24,7 @@ from rae.pipeline.arguments import (
 )
 from rae.pipeline.cli_export import export_app
 from rae.pipeline.cli_import import import_app
+from rae.pipeline.cli_verify import verify_command
 
 if TYPE_CHECKING:
     from rae.pipeline.launch import Crew
@@ -206,6 +207,9 @@ def inspect_command(ref: Ref, workspace: WorkspaceOption = DEFAULT_WORKSPACE, as
     from rae.store.artifacts import Workspace
 
     show_artifact(Workspace(workspace), ref, options_for(as_json).console)
+
+
+app.command("verify")(verify_command)
 
 
 @app.command("report")

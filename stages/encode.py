@@ -7,7 +7,7 @@ same one agree on the first. Parts that an earlier store holds already are taken
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,12 @@ from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.encoders import Encoder, describe, load_encoder
 from rae.stages.models.geometry import input_size_for
 from rae.stages.models.weights import EncoderSource
-from rae.stages.parts import write_parts
+from rae.stages.parts import encode_again, write_parts
 from rae.stages.sections import EncodeSection
 from rae.stages.training.ranks import Ranks
 from rae.store.errors import OthersAtWork
 from rae.store.latents_finish import completed_parts, finish
+from rae.store.latents_repair import EncodedRow
 from rae.store.latents_takeover import EarlierParts
 from rae.store.layout import LatentLayout, Part, plan_parts
 from rae.store.part_record import is_recorded
@@ -70,6 +71,10 @@ class Encoding:
                 done(images)
                 if ends_part or job.stopping():
                     job.check_stop()
+
+    def again(self, part: Part, rows: Sequence[int]) -> Iterator[EncodedRow]:
+        """Rows of a part, encoded as they were first; for `rae.store.latents_repair`."""
+        return encode_again(part, rows, self._section, self._source, self.encoder)
 
 
 def run(

@@ -10,7 +10,7 @@ Memory holds a few batches, however many images there are.
 
 import hashlib
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from rae.stages.images import BadImage, center_crop, decode
 from rae.stages.models.encoders import Encoder
 from rae.stages.models.pixels import to_unit
 from rae.stages.sections import EncodeSection
+from rae.store.latents_repair import EncodedRow
 from rae.store.latents_writer import PartWriter
 from rae.store.layout import LatentLayout, Part
 from rae.store.part_record import IndexRow
@@ -110,6 +111,25 @@ def write_parts(
                 writer.abort()
 
 
+def encode_again(
+    part: Part, rows: Sequence[int], section: EncodeSection, source: Source, encoder: Encoder
+) -> Iterator[EncodedRow]:
+    """Some rows of a part, ascending, encoded in the batches in which they were encoded first: for repairs."""
+    source.verify(source.shards[part.source_shard])
+    on_cpu, wanted = encoder.device.type == "cpu", set(rows)
+    threads = _torch_threads(1 if on_cpu else torch.get_num_threads())
+    with threads, ThreadPoolExecutor(max(1, section.workers), "decode") as decoders:
+        for batch in _batches([part], source, section.batch_size):
+            places = range(batch.rows.start - batch.first_row, batch.rows.stop - batch.first_row)
+            if wanted.isdisjoint(places):
+                continue
+            futures = [decoders.submit(_decode_row, source, row, section) for row in batch.rows]
+            for place, sample, latent in zip(places, *_encode_batch(encoder, futures, section), strict=True):
+                if place in wanted:
+                    usable = latent if sample.reason is None else None
+                    yield EncodedRow(usable, sample.reason, _index_row(sample, source))
+
+
 def _written(ahead: deque[tuple[Batch, Future[None]]]) -> tuple[int, bool]:
     batch, written = ahead.popleft()
     written.result()
@@ -170,15 +190,19 @@ def _encode_batch(
     return batch, tokens[: len(batch)].to(kept).cpu().numpy()
 
 
-def _write(writer: PartWriter, position: int, sample: Decoded, latent: np.ndarray, source: Source) -> None:
+def _index_row(sample: Decoded, source: Source) -> IndexRow:
     label = int(source.labels[sample.row])
-    entry: IndexRow = {
+    return {
         "key": source.keys[sample.row],
         "label": label if label >= 0 else None,
         "sha256": sample.sha256,
         "width": sample.width,
         "height": sample.height,
     }
+
+
+def _write(writer: PartWriter, position: int, sample: Decoded, latent: np.ndarray, source: Source) -> None:
+    entry = _index_row(sample, source)
     if sample.reason is not None:
         writer.invalid(position, sample.reason, **entry)
     else:

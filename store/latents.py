@@ -9,7 +9,7 @@ import resource
 from collections.abc import Iterator
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from rae.store.latents_index import (
     open_table,
     read_columns,
 )
-from rae.store.latents_verify import Problem, verify
+from rae.store.latents_verify import Mode, Problem, verify
 from rae.store.layout import ARRAY_FILE, GROUP_FILE, STATS_FILE, LatentLayout
 from rae.store.order import IntArray, batch_rows, draw, steps_per_epoch
 from rae.store.parallel import sliced
@@ -72,8 +72,7 @@ class LatentStore:
     def __init__(self, folder: str | Path, raw: bool = False) -> None:
         self.folder = Path(folder)
         self.raw = raw
-        metadata = _read_json(self.folder / ARRAY_FILE)
-        self.layout, self.slots = LatentLayout.from_array_metadata(metadata, str(self.folder / ARRAY_FILE))
+        self.layout, self.slots = LatentLayout.load(self.folder)
         parts = read_columns(self.folder / PARTS_FILE, PARTS_SCHEMA, ["part", "slots", "rows", "bytes", "scales_bytes"])
         rows = integers(parts, "rows")
         columns = {"latents": "bytes", "scales": "scales_bytes"}
@@ -208,7 +207,7 @@ class LatentStore:
         """The view in which each row appears in an epoch, all stored ones equally likely. int64, shape of `rows`."""
         return (draw(seed, "view", epoch, rows) * self.views).astype(np.int64)
 
-    def verify(self, mode: Literal["quick", "full"] = "quick") -> list[Problem]:
+    def verify(self, mode: Mode = "quick") -> list[Problem]:
         """What is wrong, naming file or row: `quick` looks at sizes and metadata, `full` reads every byte."""
         return verify(self.folder, self.layout, mode)
 

@@ -19,7 +19,7 @@ from rae.store.latents_index import (
 )
 from rae.store.layout import STATS_FILE, LatentLayout, Part
 from rae.store.part_record import FOLDER, PartRecord, content_digest, moments_path, record_path
-from rae.store.publish import publish_bytes
+from rae.store.publish import make_folder, publish_bytes
 from rae.store.stats import LatentStats, Moments
 from rae.store.zarr_shard import check_size, file_sha256
 
@@ -60,17 +60,20 @@ def completed_parts(folder: Path, layout: LatentLayout, parts: Sequence[Part]) -
     return done
 
 
-def finish(folder: Path, layout: LatentLayout, parts: Sequence[Part], sources: Sequence[str]) -> LatentsSummary:
+def finish(
+    folder: Path, layout: LatentLayout, parts: Sequence[Part], sources: Sequence[str], into: Path | None = None
+) -> LatentsSummary:
     """Write `zarr.json`, `latents/zarr.json`, `index.parquet`, `parts.parquet` and `stats.npz` from the records.
 
-    `sources` are the digests of the source shards, in order. May be called again and by several processes at once:
-    the result is a function of the records. Reads one record at a time; memory holds a row group and a line per part.
+    `sources` are the digests of the source shards, in order; `into` is where to write if not beside the parts. May be
+    called again and by several processes at once: the result is a function of the records. Reads one record at a time;
+    memory holds a row group and a line per part.
     Raises `MissingInput` if a part is not recorded, `CorruptData` if a file does not fit its record or no row is valid.
     """
     if not parts:
         raise MissingInput(f"there is nothing to finish in {folder}: the source has no samples")
-    tally = _Tally(folder, layout, sources)
-    with TableWriter(folder / INDEX_FILE, INDEX_SCHEMA) as index:
+    tally, into = _Tally(folder, layout, sources), into or folder
+    with TableWriter(into / INDEX_FILE, INDEX_SCHEMA) as index:
         for group in index_groups(tally.counting(parts), layout):
             index.write(group)
         content = content_digest(layout, [line["content"] for line in tally.lines])
@@ -78,22 +81,46 @@ def finish(folder: Path, layout: LatentLayout, parts: Sequence[Part], sources: S
             reasons = ", ".join(f"{count} x {reason}" for reason, count in tally.reasons.most_common(3))
             raise CorruptData(f"none of the {tally.reasons.total()} images gave a latent ({reasons})")
         index.publish(content)
-    with TableWriter(folder / PARTS_FILE, PARTS_SCHEMA) as table:
-        table.write(parts_table(tally.lines))
-        table.publish(content)
-    _publish_once(folder / STATS_FILE, LatentStats.of(tally.moments).to_bytes())
+    write_parts_table(into / PARTS_FILE, tally.lines, content)
+    _publish_once(into / STATS_FILE, LatentStats.of(tally.moments).to_bytes())
     for name, data in layout.metadata_files(len(parts) * layout.rows_per_part).items():
-        _publish_once(folder / name, data)
+        make_folder((into / name).parent)
+        _publish_once(into / name, data)
     _sweep(folder, layout)
     rows = sum(line["rows"] for line in tally.lines)
     size = sum(line["bytes"] + (line["scales_bytes"] or 0) for line in tally.lines)
-    files = tuple(folder / name for name in store_files(layout))
+    files = tuple(into / name for name in store_files(layout))
     return LatentsSummary(content, rows, tally.reasons.total(), tally.reasons, size, files)
 
 
 def store_files(layout: LatentLayout) -> list[str]:
     """Paths below a store's folder of the files that `finish` writes."""
     return [*layout.metadata_files(0), INDEX_FILE, PARTS_FILE, STATS_FILE]
+
+
+def write_parts_table(path: Path, lines: Sequence[dict[str, Any]], content: str) -> None:
+    """Write `parts.parquet` from a line per part."""
+    with TableWriter(path, PARTS_SCHEMA) as table:
+        table.write(parts_table(lines))
+        table.publish(content)
+
+
+def part_line(folder: Path, record: PartRecord, sources: Sequence[str]) -> dict[str, Any]:
+    """The line of `parts.parquet` that a record gives; `sources` are the digests of the source shards."""
+    return {
+        "part": record.part,
+        "source_shard": record.source_shard,
+        "source_sha256": sources[record.source_shard],
+        "first_sample": record.first_sample,
+        "slots": record.slots,
+        "rows": record.rows,
+        "bytes": record.bytes,
+        "sha256": record.sha256,
+        "scales_bytes": record.scales_bytes,
+        "scales_sha256": record.scales_sha256,
+        "record_sha256": file_sha256(record_path(folder, record.part)),
+        "content": record.content(),
+    }
 
 
 @dataclass
@@ -117,22 +144,7 @@ class _Tally:
                 raise CorruptData(f"{moments_path(self.folder, part.number)} is not of the rows in its record")
             self.moments = moments if self.moments is None else self.moments.merge(moments)
             self.reasons.update(reason for reason in record.index["reason"] if reason is not None)
-            self.lines.append(
-                {
-                    "part": part.number,
-                    "source_shard": part.source_shard,
-                    "source_sha256": self.sources[part.source_shard],
-                    "first_sample": part.first_sample,
-                    "slots": part.count,
-                    "rows": record.rows,
-                    "bytes": record.bytes,
-                    "sha256": record.sha256,
-                    "scales_bytes": record.scales_bytes,
-                    "scales_sha256": record.scales_sha256,
-                    "record_sha256": file_sha256(record_path(self.folder, part.number)),
-                    "content": record.content(),
-                }
-            )
+            self.lines.append(part_line(self.folder, record, self.sources))
             yield record
 
 

@@ -11,13 +11,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self, get_args
 
 import numpy.typing as npt
 
 from rae.store import compression, formats
 from rae.store.compression import Compressor
-from rae.store.errors import ConfigError, CorruptData
+from rae.store.errors import ConfigError, CorruptData, MissingInput
 from rae.store.formats import ARRAYS, Dtype, StoredArray
 
 GROUP_FILE = "zarr.json"
@@ -156,6 +157,18 @@ class LatentLayout:
         metadata = {GROUP_FILE: GROUP_METADATA}
         metadata |= {f"{array.name}/zarr.json": self.array_metadata(slots, array) for array in self.arrays}
         return {path: (json.dumps(value, indent=1) + "\n").encode() for path, value in metadata.items()}
+
+    @classmethod
+    def load(cls, folder: Path) -> tuple[Self, int]:
+        """Layout and number of slots of the store in `folder`; `MissingInput` or `CorruptData` names the file."""
+        path = folder / ARRAY_FILE
+        try:
+            metadata = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise MissingInput(f"{folder} holds no finished latents: {path} is missing") from error
+        except (ValueError, RecursionError) as error:
+            raise CorruptData(f"{path} is not JSON ({error})") from error
+        return cls.from_array_metadata(metadata, str(path))
 
     @classmethod
     def from_array_metadata(cls, metadata: Mapping[str, Any], where: str) -> tuple[Self, int]:

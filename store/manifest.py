@@ -49,7 +49,8 @@ class Manifest:
     """The published description of an artifact.
 
     `inputs` maps a role to {kind, id, content}; `files` lists {path, bytes, sha256} relative to the artifact's folder;
-    `metrics` are the numbers a person wants; `provenance` is what does not change the result.
+    `metrics` are the numbers a person wants; `provenance` is what does not change the result. On the disk the manifest
+    carries its own digest, so that no flipped bit in it goes unseen.
     """
 
     kind: str
@@ -68,7 +69,9 @@ class Manifest:
         return recipe_id(self.recipe)
 
     def to_json(self) -> bytes:
-        return (json.dumps({**asdict(self), "id": self.id}, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+        value = json.loads(canonical({**asdict(self), "id": self.id}))  # as it will be read back
+        value["digest"] = hashlib.sha256(canonical(value)).hexdigest()
+        return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Self:
@@ -79,6 +82,7 @@ class Manifest:
             raise CorruptData(f"{where} is not JSON ({error})") from error
         fields: dict[str, type] = {"kind": str, "name": str, "recipe": dict, "content": str, "inputs": dict}
         fields |= {"config": dict, "files": list, "metrics": dict, "provenance": dict, "schema": int, "id": str}
+        fields |= {"digest": str}
         schema = value.get("schema") if isinstance(value, dict) else None
         if type(schema) is int and schema > SCHEMA:
             raise CorruptData(f"{where} has schema {schema}; this version of rae reads up to {SCHEMA}")
@@ -89,7 +93,7 @@ class Manifest:
                 raise CorruptData(f"{where}: `{key}` must be {kind.__name__}")
         if value["kind"] not in KINDS:
             raise CorruptData(f"{where}: `kind` is {value['kind']!r}, not one of {', '.join(KINDS)}")
-        claimed = value.pop("id")
+        claimed, _ = value.pop("id"), value.pop("digest")
         manifest = cls(**value)
         if manifest.id != claimed:
             raise CorruptData(f"{where}: its recipe gives the id {manifest.id}, not {claimed}")
@@ -97,6 +101,8 @@ class Manifest:
             _check_input(role, one, where)
         for entry in manifest.files:
             _check_file_entry(entry, where)
+        if manifest.to_json() != data:
+            raise CorruptData(f"{where} is damaged: it does not match its own digest")
         return manifest
 
 

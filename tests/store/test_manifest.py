@@ -1,5 +1,6 @@
 """Ids follow from recipes; manifests of strangers are not believed."""
 
+import itertools
 import json
 from typing import Any
 
@@ -67,6 +68,14 @@ def test_fields_differ_exactly_when_ids_do() -> None:
     for one, two in (({"lr": 1}, {"lr": 1.0}), ({"flip": True}, {"flip": 1}), ({"limit": None}, {})):
         assert recipe_id(one) != recipe_id(two)
         assert list(differing_fields(one, two))
+
+
+def test_every_flipped_bit_of_a_manifest_is_found() -> None:
+    data = stored()
+    for byte, bit in itertools.product(range(len(data)), range(8)):
+        damaged = data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
+        with pytest.raises(CorruptData, match=WHERE):
+            Manifest.from_json(damaged, WHERE)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""`rae verify`: whether an artifact is what was published, and the repair of latents that are not."""
+
+import functools
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rae.pipeline.plan import Pipeline
+from rae.pipeline.runner import Options
+from rae.store.artifacts import Artifact, Workspace
+from rae.store.errors import ConfigError, CorruptData, RaeError, StaleInput
+from rae.store.latents_repair import Encode, EncodedRow, Repair, published_layout
+from rae.store.latents_verify import Mode, Problem, verify
+from rae.store.layout import ARRAY_FILE, LatentLayout, Part
+from rae.store.manifest import differing_fields
+from rae.store.zarr_shard import file_sha256
+
+_SHOWN = 20
+
+
+def verify_artifact(
+    workspace: Workspace, ref: str, mode: Mode, options: Options, repair: bool = False, pipeline: Pipeline | None = None
+) -> None:
+    """Say what is wrong with an artifact; with `repair`, mend latents by `pipeline`, the configuration that made them.
+
+    Raises `CorruptData` (exit code 5) if anything is wrong in the end.
+    """
+    artifact = workspace.resolve(ref)
+    if repair and artifact.kind != "latents":
+        raise ConfigError(f"{artifact.kind}/{artifact.id} can't be repaired, only latents can: remove it and run again")
+    problems, replaced = find_problems(artifact, mode), list[Path]()
+    if problems and repair:
+        for problem in problems:
+            options.console.say(f"damaged: {problem}")
+        replaced = _repair(artifact, mode, pipeline, options.device)
+        for path in replaced:
+            options.console.say(f"repaired: {path}")
+        problems = find_problems(artifact, mode)
+    name = f"{artifact.kind}/{artifact.id}"
+    if options.console.as_json:
+        found = [{"file": str(one.file), "reason": one.reason, "slot": one.slot, "key": one.key} for one in problems]
+        options.console.print_json(
+            {"artifact": name, "mode": mode, "problems": found, "repaired": [str(path) for path in replaced]}
+        )
+    if not problems:
+        options.console.say(f"{name} is whole ({mode})")
+        return
+    for problem in problems[:_SHOWN]:
+        options.console.say(str(problem))
+    if len(problems) > _SHOWN:
+        options.console.say(f"{len(problems) - _SHOWN} more; --json lists them all")
+    command = shlex.join(["rae", "verify", ref, "-w", str(workspace.root), "--repair", "--config"]) + " CONFIG"
+    raise CorruptData(
+        f"{len(problems)} problem(s) in {name}, the first in {problems[0].file}",
+        command if artifact.kind == "latents" and not repair else None,
+    )
+
+
+def find_problems(artifact: Artifact, mode: Mode) -> list[Problem]:
+    """Everything that is wrong with an artifact; of others than latents, `quick` looks at sizes and the rest at all."""
+    if artifact.kind == "latents":
+        try:
+            layout, _ = LatentLayout.load(artifact.folder)
+        except RaeError as error:
+            return [Problem(artifact.folder / ARRAY_FILE, error.message)]
+        return verify(artifact.folder, layout, mode)
+    problems = []
+    for entry in artifact.manifest.files:
+        path = artifact.folder / entry["path"]
+        if not path.exists():
+            problems.append(Problem(path, "is missing"))
+        elif path.stat().st_size != entry["bytes"] or (mode != "quick" and file_sha256(path) != entry["sha256"]):
+            problems.append(Problem(path, "does not match the manifest"))
+    return problems
+
+
+def _repair(artifact: Artifact, mode: Mode, pipeline: Pipeline | None, device: str) -> list[Path]:
+    @functools.cache
+    def encoder() -> Encode:
+        from rae.pipeline import launch
+        from rae.stages.encode import Encoding
+        from rae.stages.sections import EncodeSection
+
+        if pipeline is None:
+            raise ConfigError(
+                "rows must be encoded again: name the configuration that the latents were made with",
+                f"rae verify latents/{artifact.id} --repair --config CONFIG",
+            )
+        section = pipeline.section("encode", EncodeSection)
+        return Encoding(section, pipeline.train, pipeline.encoder_source, launch.device_of(device)).again
+
+    if pipeline is not None:
+        recipe = pipeline.task("encode").recipe
+        if fields := "; ".join(differing_fields(recipe, artifact.manifest.recipe)):
+            raise StaleInput(f"latents/{artifact.id} were not made with `{pipeline.config.name}` ({fields})")
+    layout = published_layout(artifact.folder, artifact.manifest)
+
+    def encode(part: Part, rows: Sequence[int]) -> Iterable[EncodedRow]:
+        return encoder()(part, rows)
+
+    return Repair(artifact.folder, layout, artifact.manifest, encode).run(mode)
