@@ -58,3 +58,24 @@ def diffusers_command(
     made = import_diffusers(model, name, image_size, allow_download, Workspace(workspace), options)
     if as_json:
         options.console.print_json(made.to_json())
+
+
+@import_app.command("official-config")
+def official_config_command(
+    file: Annotated[Path, typer.Argument(help="A YAML file of the official release.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it here instead of to the terminal.")] = None,
+) -> None:
+    """Print a YAML file of the official release as a configuration of ours, headed by what is not the same."""
+    from rae.pipeline.official_config import convert, to_yaml
+    from rae.store.errors import StaleInput
+
+    reading = convert(file)
+    text = to_yaml(reading)
+    if out is None:
+        print(text, end="")
+        return
+    if out.exists() and out.read_text(encoding="utf-8") != text:
+        raise StaleInput(f"{out} is there already, and is another: write to another file")
+    out.write_text(text, encoding="utf-8")
+    for line in (*reading.notes, *(f"next: {command}" for command in reading.commands), f"wrote {out}"):
+        print(line)

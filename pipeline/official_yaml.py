@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from rae.pipeline.config import closest
 from rae.store.errors import ConfigError, MissingInput
 from rae.store.manifest import Json
 
@@ -74,12 +75,15 @@ def encoder_name(official: Json) -> str | None:
 def dit_settings(stage_2: Json, where: str) -> Json:
     """The arguments of `DiTConfig` that a `stage_2` section (or a guidance model's) states.
 
-    Raises `ConfigError` for an unknown class, and for a choice that the released models did not make.
+    Raises `ConfigError` for an unknown class or parameter, and for a choice that the released models did not make.
     """
     target = str(stage_2.get("target", "")).rpartition(".")[2]
     if target not in DIT_MODELS:
         raise ConfigError(f"{where}: `target` is {stage_2.get('target')!r}; known are {', '.join(DIT_MODELS)}")
     params = part(stage_2, "params")
+    for key in params:
+        if key not in (*DIT_KEYS, *FIXED_DIT):
+            raise ConfigError(f"{where}: a `{target}` has no parameter `{key}`{closest(key, [*DIT_KEYS, *FIXED_DIT])}")
     for key, value in FIXED_DIT.items():
         if params.get(key, value) != value:
             raise ConfigError(
