@@ -129,7 +129,7 @@ class TrainingSection(Section):
 
 
 class TrainDecoderSection(TrainingSection):
-    """The ViT decoder (paper, section 3): sizes, noise on its tokens, losses. ViT-B by default.
+    """The ViT decoder (RAE paper, section 3): sizes, noise on its tokens, losses. ViT-B by default.
 
     `size` S, B, L or XL stands for `hidden_size`, `depth`, `num_heads` and `intermediate_size`.
     """
@@ -174,7 +174,7 @@ class TrainDecoderSection(TrainingSection):
 
 
 class TrainDitSection(TrainingSection):
-    """The diffusion transformer and its transport (paper, sections 4 and 5). DiTDH-S by default.
+    """The diffusion transformer and its transport (RAE paper, sections 4 and 5). DiTDH-S by default.
 
     It trains on the latents that this configuration encodes, or on those that the REF `latents` names.
     For `DiT-DH`, `hidden_size`, `depth` and `num_heads` are pairs: body, head. For `LightningDiT` one number each.
@@ -220,7 +220,7 @@ class TrainDitSection(TrainingSection):
         return self
 
     def check_width(self, token_dim: int) -> None:
-        """Refuse a transformer narrower than the `token_dim` channels of a token (paper, Theorem 1).
+        """Refuse a transformer narrower than the `token_dim` channels of a token (RAE paper, section 4.1, Theorem 1).
 
         The outputs of a model of width d span d of a token's n dimensions, so its loss stays above the sum of the n - d
         least eigenvalues of the velocity's covariance, however long one trains. For DiT-DH the head's width counts.

@@ -1,6 +1,6 @@
 """`rae train-decoder`: the ViT decoder learns to turn noisy tokens of the frozen encoder back into pixels.
 
-Fed online (paper, section 3): every image is read by its address in the shards, cropped, and encoded as it comes.
+Fed online (RAE paper, section 3): every image is read by its address in the shards, cropped, and encoded as it comes.
 """
 
 from collections.abc import Sequence

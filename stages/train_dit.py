@@ -113,7 +113,7 @@ def describe_dit(section: TrainDitSection, latent_shape: tuple[int, int, int], n
 
 
 def describe_transport(section: TrainDitSection, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """The arguments of `create_transport`; shift `auto` is sqrt(C*H*W / 4096), at least 1 (paper, section 4.2)."""
+    """The arguments of `create_transport`; shift `auto` is sqrt(C*H*W / 4096), at least 1 (RAE paper, section 4.2)."""
     shift = auto_shift(*latent_shape) if section.time_dist_shift == "auto" else section.time_dist_shift
     keys = ("path_type", "prediction", "loss_weight", "time_dist_type")
     return {key: getattr(section, key) for key in keys} | {"time_dist_shift": shift}

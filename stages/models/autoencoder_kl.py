@@ -26,9 +26,11 @@ class KlBackbone(nn.Module):
         model.decoder = nn.Identity()  # most of its memory, and of no use here
 
     def features(self, images: Tensor) -> list[Tensor]:
+        """The latents alone."""
         return [self.tokens(images)]
 
     def tokens(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in [-1, 1] -> [B, C, H, W]."""
         mean: Tensor = self.model.encode(images).latent_dist.mean
         return mean
 
@@ -53,6 +55,7 @@ class KlDecoder(nn.Module):
             return cls(_diffusers().AutoencoderKL.from_config(config), image_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Raw latents [B, C, H, W] -> images [B, 3, S, S]."""
         images: Tensor = self.decoder(self.post_quant_conv(tokens))
         return images / 2 + 0.5
 

@@ -54,10 +54,11 @@ class TimmBackbone(nn.Module):
         self.feature_index = feature_index
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Every feature map up to the one that becomes tokens, finest first."""
+        """Normalised images [B, 3, S, S] -> every map [B, c, h, w] up to the one that becomes tokens, finest first."""
         return self._maps(images, list(range(self.feature_index + 1)))
 
     def tokens(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, S, S] -> [B, C, H, W], the layer norm over C taken."""
         (feature_map,) = self._maps(images, [self.feature_index])
         channels_last = feature_map.float().movedim(1, -1)
         # A raw feature map has the scale of its batch norm; a transformer's tokens leave a layer norm. So do these.
@@ -115,9 +116,11 @@ class OwnBackbone(nn.Module):
         self._one_at_a_time = threading.Lock()
 
     def features(self, images: Tensor) -> list[Tensor]:
+        """The tokens alone."""
         return [self.tokens(images)]
 
     def tokens(self, images: Tensor) -> Tensor:
+        """Images [B, 3, S, S] in [0, 1] -> [B, C, H, W]; `ConfigError` if the module returns anything else."""
         with self._one_at_a_time:
             return checked(self.model(images), images, self.name)
 
@@ -135,9 +138,11 @@ class HuggingFaceBackbone(nn.Module):
         _strip_final_norm(model)
 
     def features(self, images: Tensor) -> list[Tensor]:
+        """The tokens alone."""
         return [self.tokens(images)]
 
     def tokens(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, S, S] -> [B, C, H, W], class and register tokens left out."""
         hidden: Tensor = self._run(images).last_hidden_state
         patches = hidden[:, hidden.shape[1] - self.grid**2 :]  # class and register tokens stand in front
         return patches.transpose(1, 2).reshape(len(patches), -1, self.grid, self.grid)

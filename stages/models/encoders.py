@@ -101,6 +101,7 @@ class Encoder(nn.Module):
         return super().train(False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] in [0, 1] -> [B, C, H, W]; `ValueError` for what are no images."""
         return self.backbone.tokens(self._prepared(images)).float()
 
     def features(self, images: Tensor) -> list[Tensor]:

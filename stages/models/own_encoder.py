@@ -179,6 +179,7 @@ def _device(module: "nn.Module") -> "torch.device | str":
 
 
 def class_name(module: "nn.Module") -> str:
+    """Where the module's class is defined, as `package.module.Class`."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

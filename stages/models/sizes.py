@@ -14,7 +14,7 @@ VIT_SIZES: dict[str, dict[str, int]] = {
     "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16, "intermediate_size": 4096},
 }
 
-# The transformer: a DiT body (Peebles and Xie, 2023, table 1), for DiT-DH with the head of the paper's section 5.
+# The transformer: a DiT body (Peebles and Xie, 2023, table 1), for DiT-DH with the head of the RAE paper's section 5.
 _BODIES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 _HEAD = (2048, 2, 16)
 _KEYS = ("hidden_size", "depth", "num_heads")

@@ -45,6 +45,7 @@ class Decoder(nn.Module):
         return self.model.image_size
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Raw tokens [B, C, H, W] -> images float32 [B, 3, S, S], clamped to [0, 1]."""
         images: Tensor = self.model(tokens).float().clamp(0, 1)
         return images
 
@@ -82,10 +83,12 @@ class Dit(nn.Module):
 
     @property
     def config(self) -> DiTConfig:
+        """The transformer's sizes."""
         return self.about.config
 
     @property
     def num_classes(self) -> int:
+        """How many classes it knows; 0 if it is unconditional."""
         return self.config.num_classes
 
     @property
@@ -94,11 +97,12 @@ class Dit(nn.Module):
         return self.config.in_channels, self.config.input_size, self.config.input_size
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Whitened [B, C, H, W], times [B] in [0, 1], labels int64 [B] -> [B, C, H, W]."""
         out: Tensor = self.model(x, t, y)
         return out
 
     def raw(self, whitened: Tensor) -> Tensor:
-        """Whitened latents back to the encoder's own scale, which decoders read."""
+        """Whitened latents [B, C, H, W] back to the encoder's own scale, which decoders read."""
         return unwhiten(whitened, self.mean, self.var)
 
     @classmethod
@@ -121,15 +125,18 @@ class DitDescription:
     classes: tuple[str, ...] | None = None
 
     def create_transport(self) -> Transport:
+        """The transport that it was trained with."""
         return create_transport(**self.transport)
 
     def to_json(self) -> Json:
+        """What `dit.json` holds."""
         classes = list(self.classes) if self.classes is not None else None
         parts = {"config": self.config.to_dict(), "transport": self.transport, "encoder": self.encoder}
         return parts | {"classes": classes}
 
     @classmethod
     def from_json(cls, value: Json) -> Self:
+        """The inverse of `to_json`; `ConfigError` for sizes that are unknown, missing or do not fit."""
         classes = tuple(value["classes"]) if value["classes"] is not None else None
         return cls(DiTConfig.from_dict(value["config"]), value["transport"], value["encoder"], classes)
 
@@ -148,12 +155,15 @@ class Autoencoder(nn.Module):
         return tokens
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Raw tokens -> images [B, 3, S, S] in [0, 1]."""
+        """Raw tokens [B, C, H, W] -> images [B, 3, S, S] in [0, 1]."""
         images: Tensor = self.decoder(tokens)
         return images
 
     def noising(self, tokens: Tensor, noise_tau: float, generator: torch.Generator | None = None) -> Tensor:
-        """Tokens with noise of a level drawn per image from tau * U[0, 1), as in decoder training (section 4.3)."""
+        """Raw tokens [B, C, H, W] with noise of a level drawn per image from tau * U[0, 1), as the decoder trains on.
+
+        RAE paper, section 4.3. Draws come from `generator`, on the tokens' device; from torch's global one without.
+        """
         uniform = torch.rand(len(tokens), generator=generator, device=tokens.device)
         normal = torch.randn(tokens.shape, generator=generator, device=tokens.device)
         return noise_tokens(tokens, noise_tau, uniform, normal)

@@ -35,7 +35,7 @@ Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 MARGIN = 1e-3
 # The VP path's noise schedule (Song et al., 2021, appendix C), run from noise to data.
 VP_BETA_MIN, VP_BETA_MAX = 0.1, 20.0
-# Numbers in the latent for which the paper takes the schedule unshifted (section 4.2; after Esser et al., 2024).
+# Numbers in the latent for which the RAE paper takes the schedule unshifted (section 4.2; after Esser et al., 2024).
 SHIFT_BASE = 4096
 
 
@@ -268,7 +268,7 @@ def named(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t -> shift t / (1 + (shift - 1) t): [0, 1] onto itself, towards 1 where shift > 1 (paper, section 4.2)."""
+    """t -> shift t / (1 + (shift - 1) t): [0, 1] onto itself, towards 1 where shift > 1 (RAE paper, section 4.2)."""
     return shift * t / (1 + (shift - 1) * t)
 
 

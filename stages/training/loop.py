@@ -41,7 +41,8 @@ class Batch(Protocol):
     """One rank's share of a global batch: whatever the loss needs, and the names of its samples for messages."""
 
     @property
-    def keys(self) -> Iterable[object]: ...
+    def keys(self) -> Iterable[object]:
+        """A name for each sample."""
 
 
 B = TypeVar("B", bound=Batch)
@@ -122,6 +123,7 @@ class Learner(Trainee[B]):
             self.forward.compile()
 
     def step(self, batch: B, step: int) -> dict[str, float | Tensor]:
+        """Descend the loss of one batch; as of every `Trainee`."""
         self.optimizer.zero_grad()
         with self.autocast():
             loss, numbers = self.loss(self.forward, batch)

@@ -9,7 +9,7 @@ from rae.store.stats import EPSILON, LatentStats
 
 
 class Whitening:
-    """raw [B, C, H, W] -> (raw - mean) / sqrt(variance + 1e-5), float32 on `device` (paper, section 3).
+    """raw [B, C, H, W] -> (raw - mean) / sqrt(variance + 1e-5), float32 on `device` (RAE paper, section 3).
 
     On a CPU the result lies in memory that is used again once nobody holds it; a GPU is sent the raw numbers, which
     are half as many bytes, and whitens them itself.
