@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import Float, Float32, TypeCheckError, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from rae.stages.models import decoder, pixels
+from rae.stages.models.autoencoder_kl import KlDecoder
 from rae.stages.models.decoder import ViTDecoder
 from rae.stages.models.discriminator import BACKBONES, DinoDiscriminator, ScaledResidual
 from rae.stages.models.encoders import Encoder, load_encoder
+from rae.stages.models.own_encoder import OwnEncoder, own_encoder
 from rae.stages.models.perceptual import EncoderDistance, LpipsDistance
 from rae.stages.models.trained import Autoencoder, Decoder
 from rae.stages.models.weights import locate_encoder
@@ -127,6 +129,37 @@ def test_a_feature_map_is_a_grid_of_tokens(batch: int) -> None:
     encode(model, draw(batch, 3, 64, 64))
     features(model, draw(batch, 3, 48, 48))
     distance(EncoderDistance(model), draw(batch, 3, 64, 64), draw(batch, 3, 64, 64))
+
+
+@checked
+def own_tokens(source: OwnEncoder, images: Images, C: int) -> Float32[Tensor, "B {C} S//4 S//4"]:
+    return source.tokens(images)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_an_encoder_of_your_own(batch: int) -> None:
+    source, images = own_encoder(nn.Conv2d(3, 5, 4, stride=4), version="1"), draw(batch, 3, 24, 24)
+    own_tokens(source, images, 5)
+    assert source.geometry(24) == (5, (6, 6))
+    encode(load_encoder(source, 16), images)
+
+
+@checked
+def kl_decode(model: KlDecoder, tokens: Latents, stride: int) -> Float32[Tensor, "B 3 {stride}*H {stride}*H"]:
+    return model(tokens)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_the_vae(batch: int, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    sizes = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "layers_per_block": 1}
+    vae = diffusers.AutoencoderKL(down_block_types=down, up_block_types=up, sample_size=32, **sizes)
+    vae.save_pretrained(tmp_path)
+    model = load_encoder(locate_encoder(str(tmp_path)), 32)
+    encode(model, draw(batch, 3, 40, 40))
+    features(model, draw(batch, 3, 32, 32))
+    kl_decode(KlDecoder(vae, 32), draw(batch, 4, 16, 16), 2)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
