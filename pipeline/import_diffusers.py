@@ -9,7 +9,7 @@ from rae.stages.job import Job, Result
 from rae.stages.models.own_encoder import OwnEncoder
 from rae.stages.models.weights import locate_encoder
 from rae.store.artifacts import Workspace, check_name
-from rae.store.errors import ConfigError
+from rae.store.errors import ConfigError, MissingInput
 
 
 def import_diffusers(
@@ -32,7 +32,13 @@ def import_diffusers(
     from rae.stages.models.trained import save_kl_decoder
 
     check_name(name)
-    source = locate_encoder(model, allow_download=allow_download)
+    try:
+        source = locate_encoder(model, allow_download=allow_download)
+    except MissingInput as error:
+        if error.next_command is None or allow_download:
+            raise
+        again = ["rae", "import", "diffusers", model, "--name", name, "--allow-download"]
+        raise MissingInput(error.message, shlex.join(again)) from error
     if isinstance(source, OwnEncoder) or source.kind != "autoencoder_kl":
         raise ConfigError(
             f"`{model}` is no AutoencoderKL, and so has no decoder to import; one is trained for it",

@@ -43,7 +43,9 @@ class KlDecoder(nn.Module):
 
     def __init__(self, model: Any, image_size: int) -> None:
         super().__init__()
-        self.config: Json = dict(model.config)
+        # Without what diffusers notes besides sizes: its version, and where the model lay.
+        sizes = {key: value for key, value in model.config.items() if not key.startswith("_")}
+        self.config: Json = {"_class_name": "AutoencoderKL", **sizes}
         self.image_size = image_size
         self.post_quant_conv = model.post_quant_conv if model.post_quant_conv is not None else nn.Identity()
         self.decoder = model.decoder
