@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,7 +33,7 @@ class Official:
     config: Path | None = None
     weights: Literal["ema", "model"] | None = None
 
-    @property
+    @cached_property
     def given(self) -> Json:
         """What the configuration file says; an empty mapping without one."""
         return read_mapping(self.config) if self.config else {}

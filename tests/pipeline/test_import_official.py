@@ -124,6 +124,34 @@ def test_an_encoder_on_this_machine_is_recorded_with_its_digest(rae: Any, import
     assert images.shape == (1, 3, 64, 64)
 
 
+def test_imported_models_are_scored_and_reported_like_trained_ones(
+    rae: Any, importing: Any, tmp_path: Path, release: Release
+) -> None:
+    small = {"in_channels": 32, "input_size": 4}
+    decoder = ViTDecoder(DecoderConfig.from_dict({**DECODER.to_dict(), "token_dim": 32, "grid": 4}))
+    dit = build_dit(DiTConfig.from_dict({**DIT.to_dict(), **small}))
+    torch.save(decoder.state_dict(), tmp_path / "model.pt")
+    torch.save(dit.state_dict(), tmp_path / "stage2_model.pt")
+    torch.save({"var": torch.ones(32, 4, 4)}, tmp_path / "stat.pt")
+    encoder = str(PARITY / "encoder_siglip2")
+    words = ("--encoder", encoder, "--stats", tmp_path / "stat.pt")
+    importing(tmp_path / "model.pt", "--name", "vit", "--config", release.config, *words).succeeded()
+    importing(tmp_path / "stage2_model.pt", "--name", "dh", *words).succeeded()
+    sections = {
+        "shards": {"train": "digits", "limit": 60, "val_fraction": 0.2},
+        "encode": {"encoder": encoder, "image_size": 64, "encoder_input_size": 64},
+        "sample": {"dit": "dh", "decoder": "vit", "num_images": 12, "num_steps": 2, "batch_size": 12},
+        "evaluate": rae.sections["evaluate"],
+    }
+    rae.config.write_text(yaml.safe_dump({"name": "released", **sections}))
+    scores = rae.verb("evaluate", "--json").succeeded().json
+    assert scores["metrics"]["reconstruction_psnr_db"] > 0
+    assert set(rae.artifact("samples/released")["inputs"]) == {
+        f"{kind}/{rae.artifact(f'{kind}/{name}')['id']}" for kind, name in (("dit", "dh"), ("decoder", "vit"))
+    }
+    rae.verb("report").succeeded()
+
+
 def test_a_yaml_file_says_what_shapes_do_not(rae: Any, importing: Any, release: Release, tmp_path: Path) -> None:
     sizes = {"hidden_size": (16, 16), "depth": (1, 2), "num_heads": (2, 2)}
     narrow = DiTConfig(**{**DIT.to_dict(), **sizes})
