@@ -125,14 +125,15 @@ class Transport:
             t = torch.sigmoid(ndtri(u) if normal is None else normal).clamp(low, high)
         return shift_time(t, self.time_dist_shift)
 
-    def sampling_times(self, num_steps: int) -> Tensor:
+    def sampling_times(self, num_steps: int, end: float | None = None) -> Tensor:
         """The sampler's grid, from noise towards data, float32 [num_steps]: num_steps points are num_steps - 1 steps.
 
-        It ends a margin before t = 0, and begins one after t = 1 where the drift is infinite there (VP) or follows from
-        dividing by alpha(1) = 0 (noise and score).
+        It ends at the shifted time `end`, by default a margin before t = 0, and begins one after t = 1 where the drift
+        is infinite there (VP) or follows from dividing by alpha(1) = 0 (noise and score).
         """
         divides = self.prediction in ("noise", "score") or self.path_type == "VP"
-        grid = 1 - torch.linspace(MARGIN if divides else 0.0, 1 - MARGIN, num_steps)
+        last = MARGIN if end is None else shift_time(torch.tensor(end), 1 / self.time_dist_shift).item()
+        grid = 1 - torch.linspace(MARGIN if divides else 0.0, 1 - last, num_steps)
         return shift_time(grid, self.time_dist_shift)
 
     # Losses
