@@ -131,34 +131,46 @@ def sample(
     decoder: "Decoder",
     labels: Sequence[int],
     seed: int = 0,
+    sampler: str = "euler",
     num_steps: int = 50,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guide: "Dit | None" = None,
     batch_size: int = 64,
+    **options: Any,
 ) -> np.ndarray:
     """Images uint8 [N, S, S, 3], one per label. Image i depends on (seed, i, label) alone.
 
-    The label `dit.num_classes` asks for an image of no class. Raises `StaleInput` if the decoder reads other tokens
-    than the transformer makes, `ConfigError` for a label that it does not know.
+    The label `dit.num_classes` asks for an image of no class. `guide` is a weaker transformer to be guided by, instead
+    of `dit` without labels. `options` are those of the sampler and the precision, as in the configuration's section
+    `sample`: `atol`, `rtol`, `diffusion_form`, `diffusion_norm`, `last_step`, `last_step_size`, `precision`.
+
+    Raises `StaleInput` if the decoder reads other tokens than the transformer makes, or the guide predicts something
+    else; `ConfigError` for a label that the transformer does not know, or options that do not fit.
     """
-    from rae.stages.models.trained import check_compatible
+    from rae.pipeline.config import validated
+    from rae.stages.models.trained import check_compatible, check_guide
     from rae.stages.sample import draw_all
     from rae.stages.sections import SampleSection
 
     check_compatible(dit.about.encoder, decoder.encoder)
+    if guide is not None:
+        check_guide(dit, guide)
     for label in labels:
         if not 0 <= label <= dit.num_classes:
             known = f"0 to {dit.num_classes - 1}" if dit.num_classes else "none (its label is 0)"
             raise ConfigError(f"there is no class {label}: of classes the transformer knows {known}")
-    section = SampleSection(
-        num_images=len(labels),
-        seed=seed,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
-        batch_size=batch_size,
-    )
-    return draw_all(dit, decoder, np.asarray(labels, np.int64), section)
+    settings = {
+        "num_images": len(labels),
+        "seed": seed,
+        "sampler": sampler,
+        "num_steps": num_steps,
+        "guidance_scale": guidance_scale,
+        "guidance_interval": guidance_interval,
+        "batch_size": batch_size,
+    }
+    section = validated(SampleSection, settings | options, "rae.sample")
+    return draw_all(dit, decoder, np.asarray(labels, np.int64), section, guide)
 
 
 def run(

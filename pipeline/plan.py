@@ -4,7 +4,7 @@
     shards --encode--> latents (+ exact statistics)
     shards (+ the encoder) --train-decoder--> decoder
     latents --train-dit--> dit
-    dit + decoder --sample--> samples
+    dit + decoder (+ a guide) --sample--> samples
     samples + decoder + shards --evaluate--> scores
 
 Nothing here loads torch: whether work is done is a question of digests alone.

@@ -9,7 +9,8 @@ from rae.pipeline.plan import Pipeline
 from rae.pipeline.tasks import extractor_files
 from rae.stages.models.weights import locate_lpips
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, TrainDecoderSection, TrainDitSection
-from rae.store.errors import ConfigError, MissingInput, RaeError
+from rae.store.errors import ConfigError, MissingInput, RaeError, StaleInput
+from rae.store.manifest import Json, differing_fields
 
 
 def preflight(pipeline: Pipeline) -> None:
@@ -87,16 +88,49 @@ def _sample(pipeline: Pipeline) -> None:
             pipeline.workspace.resolve(ref, kind)
     if section.dit is not None or training is None:
         return
-    if section.guidance_scale != 1 and (training.num_classes == 0 or training.class_dropout_prob == 0):
+    unguided = section.guidance_scale == 1 or section.guide is not None
+    if not unguided and (training.num_classes == 0 or training.class_dropout_prob == 0):
         raise ConfigError(
             f"`sample.guidance_scale` {section.guidance_scale} needs a transformer that was trained with classes, some"
-            " of them dropped: see `train_dit.num_classes` and `train_dit.class_dropout_prob`"
+            " of them dropped (see `train_dit.num_classes` and `train_dit.class_dropout_prob`), or a `sample.guide`"
         )
     if section.classes and training.num_classes is not None and max(section.classes) >= training.num_classes:
         raise ConfigError(
             f"`sample.classes` asks for class {max(section.classes)}, and `train_dit.num_classes` is"
             f" {training.num_classes}; classes count from 0"
         )
+
+
+def _guide(pipeline: Pipeline) -> None:
+    """What is known of a guide and of the transformer without loading them; the stage itself compares the rest."""
+    section = pipeline.section("sample", SampleSection)
+    if section.guide is None:
+        return
+    guide = pipeline.workspace.resolve(section.guide, "dit").manifest
+    if section.dit is not None:
+        dit = pipeline.workspace.resolve(section.dit, "dit").manifest
+        config, latents = dit.config.get("train_dit"), dit.inputs.get("latents")
+    else:
+        training = pipeline.config.train_dit
+        config, latents = training.in_recipe() if training is not None else None, _latents(pipeline)
+    asked: Json = {}
+    found: Json = {}
+    if config is not None and "train_dit" in guide.config:
+        for key in ("path_type", "prediction"):
+            asked[key], found[key] = config[key], guide.config["train_dit"][key]
+    if latents is not None and "latents" in guide.inputs:
+        asked["latents"], found["latents"] = latents["content"], guide.inputs["latents"]["content"]
+    if fields := "; ".join(differing_fields(asked, found)):
+        raise StaleInput(
+            f"the guide `{section.guide}` was trained on something else than the transformer that it guides ({fields})"
+        )
+
+
+def _latents(pipeline: Pipeline) -> Json | None:
+    try:
+        return pipeline.latents().as_input() if pipeline.config.train_dit is not None else None
+    except MissingInput:
+        return None
 
 
 def _held_out(pipeline: Pipeline) -> object:
@@ -112,6 +146,6 @@ _CHECKS: dict[str, tuple[Callable[[Pipeline], object], ...]] = {
     "encode": (_images, _encoder),
     "train_decoder": (_images, _encoder, _crops, _perceptual),
     "train_dit": (_train_dit,),
-    "sample": (_sample,),
+    "sample": (_sample, _guide),
     "evaluate": (_held_out, _extractor),
 }

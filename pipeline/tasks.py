@@ -136,12 +136,14 @@ def _sample(pipeline: Pipeline) -> Task:
     section = pipeline.section("sample", SampleSection)
     dit = pipeline.workspace.resolve(section.dit, "dit") if section.dit else pipeline.need("train_dit")
     inputs = {"dit": dit, "decoder": pipeline.decoder()}
+    if section.guide is not None:
+        inputs["guide"] = pipeline.workspace.resolve(section.guide, "dit")
     recipe = _recipe("sample", {"sample": section.in_recipe()}, inputs)
 
     def run(job: Job) -> Result:
         from rae.stages import sample
 
-        return sample.run(section, inputs["dit"], inputs["decoder"], job)
+        return sample.run(section, inputs["dit"], inputs["decoder"], inputs.get("guide"), job)
 
     return Task(STAGES["sample"], recipe, inputs, run)
 

@@ -1,22 +1,26 @@
 """`rae sample`: latents drawn from the transformer, decoded to images.
 
-An image depends on (seed, index, class) alone: its noise has a generator of its own, and every batch, the last one
-too, is run at full size, so that kernels round alike.
+An image depends on (seed, index, class) alone: all its noise comes from generators of its own, and every batch, the
+last one too, is run at full size, so that kernels round alike. The adaptive sampler integrates each image alone.
 """
 
 import hashlib
 import io
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.pixels import to_uint8
-from rae.stages.models.samplers import sample_ode
-from rae.stages.models.trained import Decoder, Dit, check_compatible
+from rae.stages.models.samplers import Progress, sample_ode
+from rae.stages.models.sde import sample_sde
+from rae.stages.models.trained import Decoder, Dit, check_compatible, check_guide
 from rae.stages.sections import SampleSection
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
@@ -25,11 +29,14 @@ from rae.store.errors import ConfigError
 from rae.store.publish import replace_bytes
 
 
-def run(section: SampleSection, dit: Artifact, decoder: Artifact, job: Job) -> Result:
-    """Draw what is missing of the images, a batch at a time."""
+def run(section: SampleSection, dit: Artifact, decoder: Artifact, guide: Artifact | None, job: Job) -> Result:
+    """Draw what is missing of the images, a batch at a time; `section.weights` are those of a guide, too."""
     model = Dit.load(dit.payload, section.weights, job.device)
     decode = Decoder.load(decoder.payload, device=job.device)
     check_compatible(model.about.encoder, decode.encoder)
+    weaker = Dit.load(guide.payload, section.weights, job.device) if guide is not None else None
+    if weaker is not None:
+        check_guide(model, weaker)
     labels = choose_labels(section, model.num_classes)
     # An unconditional transformer has one row for everything, and its images show no class in particular.
     recorded = labels if model.num_classes else np.full_like(labels, -1)
@@ -41,7 +48,12 @@ def run(section: SampleSection, dit: Artifact, decoder: Artifact, job: Job) -> R
     for path, first in list(zip(paths, starts, strict=True))[ranks.rank :: ranks.world_size]:
         indices = np.arange(first, min(first + section.batch_size, len(labels)))
         if not _take_over(path, recorded[indices], job):
-            _save(path, draw(model, decode, labels[indices], indices, section), recorded[indices])
+
+            def progress(done: int, total: int, first: int = first, count: int = len(indices)) -> None:
+                job.progress(first + count * done // total, len(labels), "images")
+
+            images = draw(model, decode, labels[indices], indices, section, weaker, progress)
+            _save(path, images, recorded[indices])
         job.progress(int(indices[-1]) + 1, len(labels), "images")
         job.check_stop()
     ranks.barrier()
@@ -64,36 +76,67 @@ def choose_labels(section: SampleSection, num_classes: int) -> np.ndarray:
     return np.resize(np.array(classes, np.int64), section.num_images)
 
 
-def draw_all(dit: Dit, decoder: Decoder, labels: np.ndarray, section: SampleSection) -> np.ndarray:
+def draw_all(
+    dit: Dit, decoder: Decoder, labels: np.ndarray, section: SampleSection, guide: Dit | None = None
+) -> np.ndarray:
     """Images uint8 [N, S, S, 3] for labels [N], indexed from 0."""
     indices = np.arange(len(labels))
     starts = range(0, len(labels), section.batch_size)
     batches = [slice(first, first + section.batch_size) for first in starts]
-    return np.concatenate([draw(dit, decoder, labels[batch], indices[batch], section) for batch in batches])
+    return np.concatenate([draw(dit, decoder, labels[batch], indices[batch], section, guide) for batch in batches])
 
 
 @torch.inference_mode()
-def draw(dit: Dit, decoder: Decoder, labels: np.ndarray, indices: np.ndarray, section: SampleSection) -> np.ndarray:
+def draw(
+    dit: Dit,
+    decoder: Decoder,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    section: SampleSection,
+    guide: Dit | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
     """Images uint8 [B, S, S, 3] for labels [B] at the indices [B], computed in a batch of the full size."""
+    rows = np.arange(section.batch_size).clip(max=len(indices) - 1)  # the last image fills the batch
+    drawn = np.arange(len(indices)) if section.sampler == "adaptive" else rows
     device = dit.mean.device
-    padding = section.batch_size - len(indices)
-    padded = np.pad(indices, (0, padding), mode="edge")
-    y = torch.from_numpy(np.pad(labels, (0, padding), mode="edge")).to(device)
-    noise = normal(dit.latent_shape, section.seed, "sample", 0, padded, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=section.precision == "bf16"):
-        latents = sample_ode(
-            dit,
-            noise,
-            y,
-            transport=dit.about.create_transport(),
-            sampler=section.sampler,
-            num_steps=section.num_steps,
-            guidance_scale=section.guidance_scale,
-            guidance_interval=section.guidance_interval,
-            null_label=dit.num_classes,
-        )
-        images = decoder(dit.raw(latents.float()))
+        latents = _latents(dit, labels[drawn], indices[drawn], section, guide, progress)
+        images = decoder(dit.raw(latents[rows].float()))
     return to_uint8(images)[: len(indices)]
+
+
+def _latents(
+    dit: Dit,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    section: SampleSection,
+    guide: Dit | None,
+    progress: Progress | None,
+) -> Tensor:
+    """Whitened latents float32 [B, C, H, W] by the section's sampler."""
+    device = dit.mean.device
+    settings: dict[str, Any] = {
+        "transport": dit.about.create_transport(),
+        "num_steps": section.num_steps,
+        "guidance_scale": section.guidance_scale,
+        "guidance_interval": section.guidance_interval,
+        "null_label": dit.num_classes,
+        "guide": guide,
+        "progress": progress,
+    }
+
+    def noise(purpose: str, step: int) -> Tensor:
+        return normal(dit.latent_shape, section.seed, purpose, step, indices, device)
+
+    start, y = noise("sample", 0), torch.from_numpy(labels).to(device)
+    if section.sampler == "sde":
+        for key in ("diffusion_form", "diffusion_norm", "last_step", "last_step_size"):
+            settings[key] = getattr(section, key)
+        return sample_sde(dit, start, y, step_noise=partial(noise, "sample_sde"), **settings)
+    for key in ("sampler", "atol", "rtol"):
+        settings[key] = getattr(section, key)
+    return sample_ode(dit, start, y, **settings)
 
 
 def _take_over(path: Path, labels: np.ndarray, job: Job) -> bool:

@@ -234,24 +234,74 @@ class TrainDitSection(TrainingSection):
             )
 
 
+# Which samplers an option of `sample` is for.
+_SAMPLERS_OF = {
+    "num_steps": ("euler", "heun", "sde"),
+    "atol": ("adaptive",),
+    "rtol": ("adaptive",),
+    "diffusion_form": ("sde",),
+    "diffusion_norm": ("sde",),
+    "last_step": ("sde",),
+    "last_step_size": ("sde",),
+}
+
+
 class SampleSection(Section):
     """How latents are drawn from the transformer and decoded. Without `classes`, labels are balanced.
 
-    `dit` and `decoder` are REFs to others than this configuration trains.
+    `dit` and `decoder` are REFs to others than this configuration trains; `guide` is one to a weaker transformer, which
+    takes the place of the unlabelled prediction in guidance (autoguidance). `num_steps` counts points of the time grid,
+    one more than steps. An option that its sampler or its guidance leaves without effect is refused, so that equal
+    results have equal recipes.
     """
 
     dit: Location = None
     decoder: Location = None
+    guide: Location = None
     num_images: Positive = 50_000
     classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     seed: int = 0
-    sampler: Literal["euler", "heun"] = "euler"
+    sampler: Literal["euler", "heun", "adaptive", "sde"] = "euler"
     num_steps: Annotated[int, Field(gt=1)] = 50
+    atol: Rate = 1e-6
+    rtol: Rate = 1e-3
+    diffusion_form: Literal["SBDM", "constant", "sigma", "linear", "decreasing", "increasing-decreasing"] = "sigma"
+    diffusion_norm: Rate = 1.0
+    last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Euler"
+    last_step_size: Annotated[float, Field(gt=0, lt=1)] = 0.04
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     weights: Literal["ema", "model"] = "ema"
     batch_size: Positive = 64
     precision: Precision = "float32"
+
+    def in_recipe(self) -> dict[str, Any]:
+        """Without the options of other samplers."""
+        return {key: value for key, value in super().in_recipe().items() if self._is_used(key)}
+
+    def _is_used(self, option: str) -> bool:
+        return self.sampler in _SAMPLERS_OF.get(option, (self.sampler,))
+
+    def _is_changed(self, option: str) -> bool:
+        return bool(getattr(self, option) != type(self).model_fields[option].default)
+
+    @model_validator(mode="after")
+    def _every_option_has_an_effect(self) -> Self:
+        for option, samplers in _SAMPLERS_OF.items():
+            if self._is_changed(option) and not self._is_used(option):
+                raise ValueError(f"`{option}` belongs to `sampler: {' | '.join(samplers)}`, not to {self.sampler}")
+        if self.last_step is None and self._is_changed("last_step_size"):
+            raise ValueError("`last_step_size` is the size of a `last_step`, and there is none")
+        if self.sampler == "sde" and self.num_steps < 3:
+            raise ValueError(f"`num_steps` is {self.num_steps}; the grid of an SDE needs 3 points or more")
+        for option in ("guide", "guidance_interval"):
+            if self._is_changed(option) and self.guidance_scale == 1:
+                raise ValueError(f"`{option}` has no effect at `guidance_scale` 1, which is no guidance")
+        if self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(
+                f"`guidance_interval` {list(self.guidance_interval)} is empty; it is [least time, greatest]"
+            )
+        return self
 
 
 class EvaluateSection(Section):

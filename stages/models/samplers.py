@@ -101,14 +101,14 @@ def _adaptive(
         "first_step": (start - end) / 100,  # the solver's own guess asks the model at a time without bounds
     }
     rows = []
-    for row, label in zip(noise.split(1), y.split(1), strict=True):
+    for row in range(len(noise)):
 
-        def alone(time: Tensor, x: Tensor, label: Tensor = label) -> Tensor:
+        def alone(time: Tensor, x: Tensor, label: Tensor = y[row : row + 1]) -> Tensor:
             return drift(x, time, label)
 
+        own = noise[row : row + 1].clone()  # in memory of its own: kernels may round by how it is aligned
         try:
-            # A copy, since kernels may round by how memory is aligned.
-            states = odeint(alone, row.clone(), span, rtol=rtol, atol=atol, method="dopri5", options=options)
+            states = odeint(alone, own, span, rtol=rtol, atol=atol, method="dopri5", options=options)
         except AssertionError as error:
             raise ConfigError(
                 f"no step of the adaptive sampler, however small, meets `rtol` {rtol} and `atol` {atol} ({error});"

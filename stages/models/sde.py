@@ -101,16 +101,18 @@ def sde_times(transport: Transport, num_steps: int, last_step: str | None, last_
     named("last_step", last_step, get_args(LastStep))
     start = transport.sampling_times(2)[0].item()
     if not 0 < last_step_size < start:
-        raise ConfigError(f"`last_step_size` is {last_step_size}; it must lie between 0 and the first time, {start:.4f}")
+        raise ConfigError(
+            f"`last_step_size` is {last_step_size}; it must lie between 0 and the first time, {start:.4f}"
+        )
     return torch.cat([transport.sampling_times(num_steps - 1, end=last_step_size), torch.zeros(1)])
 
 
 def half_diffusion(transport: Transport, form: str, norm: float, time: Tensor) -> float:
     """w(t) / 2 at a scalar time below 1; at least 0 for a positive norm, and finite.
 
-    `SBDM` is sigma (alpha sigma' - alpha' sigma) / alpha, of the forward process from data to noise that has this path's
-    marginals (Song et al., 2021). The others are SiT's, in our direction of time: `constant` 1; `sigma`; `linear` t;
-    `decreasing` towards data ((1 - norm cos(pi t)) / 2)^2; `increasing-decreasing` sin(pi t)^2.
+    `SBDM` is sigma (alpha sigma' - alpha' sigma) / alpha, of the forward process from data to noise that has this
+    path's marginals (Song et al., 2021). The others are SiT's, in our direction of time: `constant` 1; `sigma`;
+    `linear` t; `decreasing` towards data ((1 - norm cos(pi t)) / 2)^2; `increasing-decreasing` sin(pi t)^2.
     """
     t = time.double()
     at = transport.coefficients(t)

@@ -256,6 +256,30 @@ def check_compatible(maker: Json, decoder: Json, who: str = "the transformer") -
         raise StaleInput(f"the decoder reads other latents than {who} makes ({fields})")
 
 
+def check_guide(dit: Dit, guide: Dit) -> None:
+    """Refuse a guide whose predictions mean something else than the transformer's at the same x, t and y.
+
+    Both must predict the same thing on the same path, of latents whitened alike, for the same classes, whose names are
+    compared where both know them. Sizes, losses and times of training may differ.
+    """
+    named = dit.about.classes is not None and guide.about.classes is not None
+    asked, found = (_meaning(one, named) for one in (dit, guide))
+    if fields := "; ".join(differing_fields(asked, found)):
+        raise StaleInput(f"the guide was trained on something else than the transformer that it guides ({fields})")
+
+
+def _meaning(dit: Dit, named: bool) -> Json:
+    transport = dit.about.create_transport()
+    return {
+        "path_type": transport.path_type,
+        "prediction": transport.prediction,
+        "latent_shape": list(dit.latent_shape),
+        "latent_stats": digest_weights({"mean": dit.mean, "var": dit.var})[:16],
+        "num_classes": dit.num_classes,
+        "classes": list(dit.about.classes or ()) if named else None,
+    }
+
+
 def _identity(encoder: Json, verified: bool) -> Json:
     # A folder goes by its last part, so that a hub id and a copy of it are one.
     weights = {"digest": encoder["digest"]} if verified else {"name": str(encoder.get("name")).rpartition("/")[2]}

@@ -8,13 +8,23 @@ import numpy as np
 import pytest
 import torch
 
+from rae.stages import sample
 from rae.stages.evaluate import load_samples
 from rae.stages.job import Job
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder
 from rae.stages.models.dit import DiTConfig, build_dit
-from rae.stages.models.trained import Decoder, Dit, DitDescription, check_compatible, save_decoder, save_dit
+from rae.stages.models.trained import (
+    Decoder,
+    Dit,
+    DitDescription,
+    check_compatible,
+    check_guide,
+    save_decoder,
+    save_dit,
+)
 from rae.stages.sample import choose_labels, draw_all, run
 from rae.stages.sections import SampleSection
+from rae.stages.training import randomness
 from rae.store.artifacts import Artifact
 from rae.store.errors import ConfigError, StaleInput
 from rae.store.manifest import Manifest
@@ -40,20 +50,38 @@ def models() -> tuple[Dit, Decoder]:
     return dit, Decoder(ViTDecoder(decoding), ENCODER)
 
 
-def test_an_image_does_not_depend_on_its_neighbours(models: tuple[Dit, Decoder]) -> None:
+@pytest.mark.parametrize("sampler", ["euler", "heun", "adaptive", "sde"])
+def test_an_image_does_not_depend_on_its_neighbours(models: tuple[Dit, Decoder], sampler: str) -> None:
+    section = SampleSection(num_images=6, sampler=sampler, batch_size=6)
     labels = np.array([0, 1, 2, 0, 1, 2])
-    whole = draw_all(*models, labels, SECTION)
+    whole = draw_all(*models, labels, section)
     assert whole.shape == (6, 8, 8, 3)
     assert whole.dtype == np.uint8
     assert len(np.unique(whole.reshape(6, -1), axis=0)) == 6
     for batch_size in (1, 4):
-        split = draw_all(*models, labels, SECTION.model_copy(update={"batch_size": batch_size}))
+        split = draw_all(*models, labels, section.model_copy(update={"batch_size": batch_size}))
         assert np.abs(split.astype(int) - whole.astype(int)).max() <= 1
-    changed = draw_all(*models, np.array([0, 1, 2, 0, 1, 0]), SECTION)
+    changed = draw_all(*models, np.array([0, 1, 2, 0, 1, 0]), section)
     np.testing.assert_array_equal(changed[:5], whole[:5])
     assert not np.array_equal(changed[5], whole[5])
-    np.testing.assert_array_equal(draw_all(*models, labels, SECTION), whole)
-    assert not np.array_equal(draw_all(*models, labels, SECTION.model_copy(update={"seed": 1})), whole)
+    np.testing.assert_array_equal(draw_all(*models, labels[:2], section), whole[:2])
+    np.testing.assert_array_equal(draw_all(*models, labels, section), whole)
+    assert not np.array_equal(draw_all(*models, labels, section.model_copy(update={"seed": 1})), whole)
+
+
+def test_the_sde_draws_other_noise_for_every_image_and_step(
+    models: tuple[Dit, Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def recorded(shape: Any, seed: int, purpose: str, epoch: int, rows: np.ndarray, device: Any) -> torch.Tensor:
+        numbers = randomness.normal(shape, seed, purpose, epoch, rows, device)
+        drawn.extend(numbers.flatten(1))
+        return numbers
+
+    monkeypatch.setattr(sample, "normal", recorded)
+    draw_all(*models, np.array([0, 1, 2]), SampleSection(sampler="sde", num_steps=5, batch_size=3))
+    assert len(torch.stack(drawn).unique(dim=0)) == len(drawn) == 3 + 3 * 3  # the start, and all steps but the last
 
 
 def test_guidance_moves_the_images_only_when_it_is_asked_for(models: tuple[Dit, Decoder]) -> None:
@@ -63,6 +91,47 @@ def test_guidance_moves_the_images_only_when_it_is_asked_for(models: tuple[Dit, 
     assert not np.array_equal(plain, guided)
     nowhere = {"guidance_scale": 3.0, "guidance_interval": (0.0, 1e-6)}
     np.testing.assert_array_equal(draw_all(*models, labels, SECTION.model_copy(update=nowhere)), plain)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "adaptive", "sde"])
+def test_a_guide_takes_the_place_of_the_unlabelled_prediction(models: tuple[Dit, Decoder], sampler: str) -> None:
+    section = SampleSection(sampler=sampler, guidance_scale=2.0, batch_size=2)
+    dit, decoder = models
+    labels, guide = np.array([0, 1]), weaker(dit)
+    guided = draw_all(dit, decoder, labels, section, guide)
+    assert not np.array_equal(guided, draw_all(dit, decoder, labels, section))
+    # A transformer that is its own guide is not guided.
+    plain = draw_all(dit, decoder, labels, section.model_copy(update={"guidance_scale": 1.0}))
+    own = draw_all(dit, decoder, labels, section, dit)
+    assert np.abs(own.astype(int) - plain.astype(int)).max() <= 1
+    assert np.abs(guided.astype(int) - plain.astype(int)).max() > 1
+
+
+def weaker(dit: Dit, **changes: Any) -> Dit:
+    """The transformer with other weights; `changes` are to what it says of itself."""
+    stats = {key: changes.pop(key, getattr(dit, key)) for key in ("mean", "var")}
+    about = dataclasses.replace(dit.about, **changes)
+    model = build_dit(about.config)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return Dit(model, about, **stats)
+
+
+def test_a_guide_of_other_latents_classes_or_transport_is_refused(models: tuple[Dit, Decoder]) -> None:
+    dit = models[0]
+    check_guide(dit, weaker(dit, transport={"time_dist_shift": 2.0}, classes=("a", "b", "c")))
+    more = dataclasses.replace(dit.config, num_classes=4)
+    for changes, field in (
+        ({"transport": {"prediction": "data"}}, 'prediction: found "data", asked "velocity"'),
+        ({"transport": {"path_type": "GVP"}}, "path_type"),
+        ({"mean": torch.zeros(8, 2, 2)}, "latent_stats"),
+        ({"config": more}, "num_classes: found 4, asked 3"),
+    ):
+        with pytest.raises(StaleInput, match=field):
+            check_guide(dit, weaker(dit, **changes))
+    with pytest.raises(StaleInput, match="classes"):
+        check_guide(weaker(dit, classes=("a", "b", "c")), weaker(dit, classes=("a", "c", "b")))
 
 
 def test_images_of_an_unconditional_transformer_are_recorded_without_a_label(
@@ -78,10 +147,33 @@ def test_images_of_an_unconditional_transformer_are_recorded_without_a_label(
     save_dit(tmp_path / "dit", about, stats, weights, weights)
     save_decoder(tmp_path / "decoder", decoder.model.config, ENCODER, *[decoder.model.state_dict()] * 2)
     inputs = [Artifact(tmp_path / kind, Manifest(kind, kind, {}, "", {}, {}, [], {})) for kind in ("dit", "decoder")]
-    run(SECTION, *inputs, Job(tmp_path / "samples"))
+    seen: list[tuple[int, int]] = []
+    job = Job(tmp_path / "samples", progress=lambda done, total, unit, **_: seen.append((done, total)))
+    run(SECTION, *inputs, None, job)
     images, labels = load_samples(Artifact(tmp_path / "samples", inputs[0].manifest))
     assert images.shape == (6, 8, 8, 3)
     assert labels.tolist() == [-1] * 6
+    assert seen == [(1, 6), (3, 6), (4, 6), (6, 6), (6, 6)]  # four steps of six images
+
+
+def test_a_run_is_guided_by_the_artifact_that_it_is_given(models: tuple[Dit, Decoder], tmp_path: Path) -> None:
+    dit, decoder = models
+    guide, other = weaker(dit), weaker(dit, mean=torch.zeros(8, 2, 2))
+    inputs = {}
+    for name, one in {"dit": dit, "guide": guide, "other": other}.items():
+        (tmp_path / name).mkdir()
+        save_dit(tmp_path / name, one.about, (one.mean, one.var), None, one.model.state_dict())
+        inputs[name] = Artifact(tmp_path / name, Manifest("dit", name, {}, "", {}, {}, [], {}))
+    (tmp_path / "decoder").mkdir()
+    save_decoder(tmp_path / "decoder", decoder.config, ENCODER, None, decoder.model.state_dict())
+    decoding = Artifact(tmp_path / "decoder", Manifest("decoder", "decoder", {}, "", {}, {}, [], {}))
+    section = SampleSection(num_images=6, num_steps=5, batch_size=6, guidance_scale=2.0)
+    (tmp_path / "samples").mkdir()
+    run(section, inputs["dit"], decoding, inputs["guide"], Job(tmp_path / "samples"))
+    images, labels = load_samples(Artifact(tmp_path / "samples", decoding.manifest))
+    np.testing.assert_array_equal(images, draw_all(dit, decoder, labels, section, guide))
+    with pytest.raises(StaleInput, match="latent_stats"):
+        run(section, inputs["dit"], decoding, inputs["other"], Job(tmp_path / "samples"))
 
 
 def test_labels_are_balanced_or_the_listed_ones_in_turn() -> None:

@@ -1,6 +1,6 @@
 """The samplers bring noise to the data on every path, by every prediction; guidance computes only what counts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import pytest
@@ -31,6 +31,15 @@ NULL = 10
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """More of them wait for each other longer than such small matrices take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def gaussian_model(transport: Transport, mean: Tensor = MEAN, covariance: Tensor = COVARIANCE) -> Model:
     """What a perfect model of a Gaussian predicts: conditional expectations given x_t [B, 3, 1, 1]."""
 
@@ -57,7 +66,7 @@ def draw(transport: Transport, model: Model | None = None, **settings: Any) -> T
     model, noise = model or gaussian_model(transport), normal(0)
     settings = {"transport": transport, "num_steps": 150, "null_label": NULL} | settings
     if "diffusion_form" in settings:
-        return sample_sde(model, noise, labels(noise), step_noise=lambda step: normal(step), **settings)
+        return sample_sde(model, noise, labels(noise), step_noise=normal, **settings)
     return sample_ode(model, noise, labels(noise), **settings)
 
 
@@ -81,7 +90,7 @@ def test_a_perfect_model_samples_its_gaussian_by_every_sde(transport: Transport,
     assert_is_the_gaussian(draw(transport, diffusion_form=form, last_step_size=0.01))
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "constant"])
+@pytest.mark.parametrize("form", ["SBDM", "sigma"])
 @pytest.mark.parametrize("last_step", ["Mean", "Tweedie", None])
 @pytest.mark.parametrize("path_type", PATHS)
 def test_every_last_step_ends_in_the_gaussian(path_type: str, last_step: str | None, form: str) -> None:
@@ -125,7 +134,7 @@ def test_the_official_sbdm_diffusion_misses_the_gaussian(monkeypatch: pytest.Mon
     exact = half_diffusion
     transport = create_transport(path_type, time_dist_shift=2.0)
     monkeypatch.setattr(sde, "half_diffusion", lambda *given: -exact(*given))
-    with pytest.raises(ValueError, match="nonnegative|math domain"):
+    with pytest.raises(ValueError, match=r"nonnegative|math domain"):
         draw(transport, diffusion_form="SBDM")
     monkeypatch.setattr(sde, "sqrt", lambda value: abs(value) ** 0.5)
     with pytest.raises(AssertionError):
