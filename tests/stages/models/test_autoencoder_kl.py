@@ -135,3 +135,19 @@ else:
     raise SystemExit("loaded it without diffusers")
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+
+
+def test_names_of_older_releases_are_read(tmp_path: Path) -> None:
+    """`stabilityai/sd-vae-ft-mse` calls the attention's projections as diffusers did in 2022."""
+    saved(tmp_path)
+    expected = load_encoder(located(tmp_path))(images())
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(file)
+    for name in [name for name in weights if ".attentions." in name]:
+        for new, old in older.items():
+            if f".{new}." in name:
+                weights[name.replace(f".{new}.", f".{old}.")] = weights.pop(name)
+    assert "encoder.mid_block.attentions.0.query.weight" in weights
+    save_file(weights, file, metadata={"format": "pt"})
+    torch.testing.assert_close(load_encoder(located(tmp_path))(images()), expected, atol=0, rtol=0)
