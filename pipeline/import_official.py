@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rae.pipeline.imports import import_artifact
-from rae.pipeline.official_yaml import decoder_heads, dit_settings, encoder_name, read_mapping, transport_settings
+from rae.pipeline.official_yaml import decoder_heads, dit_settings, encoder_name, part, read_mapping, transport_settings
 from rae.pipeline.plan import Stage
 from rae.pipeline.runner import Options, Outcome
 from rae.stages.job import Job, Result
@@ -112,7 +112,7 @@ def _import_dit(
     shape = (channels, side, side)
     stats, encoder, given = read_stats(official.stats, shape), official.describe_encoder(channels, side), official.given
     where = str(official.config)
-    known = DiTConfig.from_dict(dit_settings(given["stage_2"], where)) if "stage_2" in given else None
+    known = DiTConfig.from_dict(dit_settings(part(given, "stage_2"), where)) if "stage_2" in given else None
     defaults: Json = {"path_type": "Linear", "prediction": "velocity", "loss_weight": None, "time_dist_type": "uniform"}
     transport = defaults | {"time_dist_shift": auto_shift(*shape)} | transport_settings(given)
     create_transport(**transport)  # refuses what does not exist

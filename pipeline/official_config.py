@@ -7,7 +7,6 @@ what is corrected because it is known to be a mistake, is said: in the terminal 
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -19,6 +18,7 @@ from rae.pipeline.official_yaml import (
     TRANSPORT_KEYS,
     dit_settings,
     encoder_name,
+    number,
     part,
     read_mapping,
     time_dist_shift,
@@ -74,7 +74,7 @@ def _encode(reading: Reading) -> int:
     name = encoder_name(reading.official) or _DINOV2_B
     for key in ("encoder_cls", "encoder_config_path", "encoder_params.dinov2_path", "encoder_params.model_name"):
         reading.take(f"stage_1.params.{key}")
-    input_size = int(reading.take("stage_1.params.encoder_input_size", 224))
+    input_size = int(reading.number("stage_1.params.encoder_input_size", 224))
     stated = re.search(r"patch(\d+)", name)
     patch_size = int(stated[1]) if stated else 14 if "dinov2" in name else 16
     if input_size % patch_size:
@@ -83,7 +83,7 @@ def _encode(reading: Reading) -> int:
         )
     grid = input_size // patch_size
     reading.put("encode", "encoder", name)
-    reading.put("encode", "image_size", grid * int(reading.take("stage_1.params.decoder_patch_size", 16)))
+    reading.put("encode", "image_size", grid * int(reading.number("stage_1.params.decoder_patch_size", 16)))
     reading.put("encode", "encoder_input_size", input_size)
     return grid
 
@@ -123,15 +123,15 @@ def _train_decoder(reading: Reading) -> None:
                 reading.notes.append(
                     f"no counterpart: `gan.disc.{block}.{key}: {value}`; the discriminator is trained like the decoder"
                 )
-    if weights := reading.take("gan.disc.arch.dino_ckpt_path"):
+    if weights := reading.path("gan.disc.arch.dino_ckpt_path"):
         reading.commands.append(shlex.join(["rae", "import", "official", weights, "--out", "disc.safetensors"]))
         reading.put(section, "disc_weights", "disc.safetensors")
 
 
 def _train_dit(reading: Reading, grid: int, where: str) -> None:
-    section, sizes = "train_dit", dit_settings(reading.official["stage_2"], where)
+    section, sizes = "train_dit", dit_settings(part(reading.official, "stage_2"), where)
     reading.take_below("stage_2")
-    channels, sides = sizes.pop("in_channels", 768), {sizes.pop("input_size", grid), *_grid(reading)}
+    channels, sides = sizes.pop("in_channels"), {sizes.pop("input_size", grid), *_grid(reading)}
     if (patch_size := sizes.pop("patch_size", 1)) != 1:
         reading.notes.append(f"no counterpart: `stage_2.params.patch_size: {patch_size}`; here a token is a patch")
     for key, value in sizes.items():
@@ -152,7 +152,8 @@ def _train_dit(reading: Reading, grid: int, where: str) -> None:
 
 def _grid(reading: Reading) -> list[int]:
     latent_size = reading.take("misc.latent_size")
-    return [int(side) for side in latent_size[1:]] if isinstance(latent_size, list) else []
+    sides = latent_size[1:] if isinstance(latent_size, list) else []
+    return [int(number(side, "misc.latent_size")) for side in sides]
 
 
 def _shift(reading: Reading) -> float | None:
@@ -175,24 +176,17 @@ def _sample(reading: Reading, path: Path) -> None:
         reading.put(section, "num_steps", reading.take("sampler.params.num_steps"))
     for key in ("num_steps", "atol", "rtol"):  # of no effect on this sampler, officially too
         reading.take(f"sampler.params.{key}")
-    scale, method = float(reading.take("guidance.scale", 1.0)), reading.take("guidance.method", "cfg")
-    interval = [
-        _either(reading, "guidance.t_min", "guidance.t-min"),
-        _either(reading, "guidance.t_max", "guidance.t-max"),
-    ]
+    scale, method = reading.number("guidance.scale", 1.0), reading.take("guidance.method", "cfg")
+    low, high = (
+        reading.number(f"guidance.t_{end}", reading.number(f"guidance.t-{end}", default))
+        for end, default in (("min", 0.0), ("max", 1.0))
+    )
     if scale > 1:  # officially, less is no guidance either
-        low, high = interval
         reading.put(section, "guidance_scale", scale)
-        reading.put(section, "guidance_interval", [float(low or 0), 1.0 if high is None else float(high)])
+        reading.put(section, "guidance_interval", [low, high])
         if method == "autoguidance":
             _import_dit(reading, "guidance.guidance_model", "guide", path)
-    else:
-        reading.take_below("guidance.guidance_model")
-
-
-def _either(reading: Reading, key: str, other: str) -> Any:
-    one, two = reading.take(key), reading.take(other)
-    return two if one is None else one
+    reading.take_below("guidance.guidance_model")
 
 
 def _import_dit(reading: Reading, where: str, ours: str, path: Path) -> None:
@@ -209,9 +203,9 @@ def _import_dit(reading: Reading, where: str, ours: str, path: Path) -> None:
     if not (checkpoint := described.get("ckpt")):
         reading.notes.append(f"to add: `sample.{ours}`; `{where}` names no checkpoint")
         return
-    name = Path(checkpoint).parent.name or ours
-    stats = part(reading.official, "stage_1", "params").get("normalization_stat_path", "stat.pt")
-    words = ["rae", "import", "official", checkpoint, "--name", name, "--stats", stats, *config]
+    name = Path(str(checkpoint)).parent.name or ours
+    stats = part(reading.official, "stage_1", "params").get("normalization_stat_path") or "stat.pt"
+    words = ["rae", "import", "official", str(checkpoint), "--name", name, "--stats", str(stats), *config]
     reading.commands.append(shlex.join([*words, *_encoder_words(reading)]))
     reading.put("sample", ours, name)
 
@@ -220,8 +214,8 @@ def _import_decoder(reading: Reading) -> None:
     reading.take("stage_1.params.decoder_config_path")
     if (tau := reading.take("stage_1.params.noise_tau")) and "train_decoder" not in reading.settings:
         reading.notes.append(f"no counterpart: `stage_1.params.noise_tau: {tau}`; only a decoder's training adds noise")
-    checkpoint = reading.take("stage_1.params.pretrained_decoder_path")
-    stats = reading.take("stage_1.params.normalization_stat_path")
+    checkpoint = reading.path("stage_1.params.pretrained_decoder_path")
+    stats = reading.path("stage_1.params.normalization_stat_path")
     if not checkpoint:
         return
     name = Path(checkpoint).parent.name or "decoder"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rae.pipeline.config import closest
+from rae.pipeline.official_yaml import number
 from rae.stages.sections import (
     EncodeSection,
     SampleSection,
@@ -117,6 +118,15 @@ class Reading:
         """The value of a dotted official key, which is then accounted for."""
         self._known.add(key)
         return self._left.pop(key, default)
+
+    def number(self, key: str, default: float) -> float:
+        """`take` for a number; `ConfigError` for anything else."""
+        return number(self.take(key, default), key)
+
+    def path(self, key: str) -> str | None:
+        """`take` for the path of a file; None where there is none."""
+        value = self.take(key)
+        return None if value is None else str(value)
 
     def take_below(self, prefix: str) -> None:
         """Account for all that stands below a key: somebody else reads it."""

@@ -6,37 +6,46 @@ configuration of them.
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import Field
 
-from rae.pipeline.config import closest
+from rae.pipeline.config import validated
+from rae.stages.sections import Fraction, Positive, Rate, Section
 from rae.store.errors import ConfigError, MissingInput
 from rae.store.manifest import Json
 
-# Choices of the official transformers that are none here, with the only value that the release uses.
-FIXED_DIT = {
-    "use_swiglu": True,
-    "use_rope": True,
-    "use_rmsnorm": True,
-    "use_pos_embed": True,
-    "use_gembed": True,
-    "wo_shift": False,
-    "learn_sigma": False,
-}
+Sizes = Positive | tuple[Positive, ...]
+
+
+class OfficialDit(Section):
+    """`params` of the official transformers; those with a default are no choice here, as the release makes none."""
+
+    input_size: Positive | None = None
+    patch_size: Positive | None = None
+    in_channels: Positive | None = None
+    hidden_size: Sizes | None = None
+    depth: Sizes | None = None
+    num_heads: Sizes | None = None
+    mlp_ratio: Rate | None = None
+    class_dropout_prob: Fraction | None = None
+    num_classes: Annotated[int, Field(ge=0)] | None = None
+    use_qknorm: bool | None = None
+    use_swiglu: Literal[True] = True
+    use_rope: Literal[True] = True
+    use_rmsnorm: Literal[True] = True
+    use_pos_embed: Literal[True] = True
+    use_gembed: Literal[True] = True
+    wo_shift: Literal[False] = False
+    learn_sigma: Literal[False] = False
+
+
+FIXED_DIT = {key: field.default for key, field in OfficialDit.model_fields.items() if field.default is not None}
 DIT_MODELS = {"DiTwDDTHead": "DiT-DH", "LightningDiT": "LightningDiT"}
-DIT_KEYS = (
-    "input_size",
-    "patch_size",
-    "in_channels",
-    "hidden_size",
-    "depth",
-    "num_heads",
-    "mlp_ratio",
-    "class_dropout_prob",
-    "num_classes",
-    "use_qknorm",
-)
+# What the official classes are built with where their `params` say nothing.
+_DIT_DEFAULTS: Json = {"in_channels": 768, "num_classes": 1000, "hidden_size": 1152, "depth": 28, "num_heads": 16}
+_HEAD_DEFAULTS: Json = {"hidden_size": 2048, "depth": 2, "num_heads": 16}
 TRANSPORT_KEYS = ("path_type", "prediction", "loss_weight", "time_dist_type")
 # The sizes that `decoder_config_path` names by its last folder.
 DECODER_FOLDERS = {"ViTS": "S", "ViTB": "B", "ViTL": "L", "ViTXL": "XL"}
@@ -80,21 +89,14 @@ def dit_settings(stage_2: Json, where: str) -> Json:
     target = str(stage_2.get("target", "")).rpartition(".")[2]
     if target not in DIT_MODELS:
         raise ConfigError(f"{where}: `target` is {stage_2.get('target')!r}; known are {', '.join(DIT_MODELS)}")
-    params = part(stage_2, "params")
-    for key in params:
-        if key not in (*DIT_KEYS, *FIXED_DIT):
-            raise ConfigError(f"{where}: a `{target}` has no parameter `{key}`{closest(key, [*DIT_KEYS, *FIXED_DIT])}")
-    for key, value in FIXED_DIT.items():
-        if params.get(key, value) != value:
-            raise ConfigError(
-                f"{where}: `{key}` is {params[key]}, and the transformers here are built for {value} only"
-            )
-    settings = {key: params[key] for key in DIT_KEYS if key in params}
+    given = validated(OfficialDit, part(stage_2, "params"), where).model_dump(mode="json", exclude_none=True)
+    settings = _DIT_DEFAULTS | {key: value for key, value in given.items() if key not in FIXED_DIT}
     model = DIT_MODELS[target]
-    parts = 2 if model == "DiT-DH" else 1
-    for key in ("hidden_size", "depth", "num_heads"):
-        if isinstance(settings.get(key), int):
-            settings[key] = [settings[key]] * parts
+    for key, head in _HEAD_DEFAULTS.items():
+        if isinstance(settings[key], int):
+            settings[key] = [settings[key]]
+            if model == "DiT-DH":  # of its arguments `num_heads` alone may be one number, which is for both
+                settings[key].append(settings[key][0] if key in given else head)
     return {"model": model, **settings}
 
 
@@ -110,8 +112,21 @@ def transport_settings(official: Json) -> Json:
 
 def time_dist_shift(misc: Json) -> float | None:
     """sqrt(time_dist_shift_dim / time_dist_shift_base), if `misc` has the first."""
-    dim, base = misc.get("time_dist_shift_dim"), misc.get("time_dist_shift_base", SHIFT_BASE)
-    return math.sqrt(float(dim) / float(base)) if dim else None
+    if "time_dist_shift_dim" not in misc:
+        return None
+    dim = number(misc["time_dist_shift_dim"], "misc.time_dist_shift_dim")
+    base = number(misc.get("time_dist_shift_base", SHIFT_BASE), "misc.time_dist_shift_base")
+    if dim <= 0 or base <= 0:
+        raise ConfigError(f"`misc.time_dist_shift_dim` {dim} and `time_dist_shift_base` {base} must be positive")
+    return math.sqrt(dim / base)
+
+
+def number(value: Any, key: str) -> float:
+    """A number that YAML may have read as text (`1e-6`); `ConfigError` for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"`{key}` is {value!r}; it must be a number") from None
 
 
 def decoder_heads(official: Json, where: str) -> tuple[int, float] | None:
@@ -121,4 +136,4 @@ def decoder_heads(official: Json, where: str) -> tuple[int, float] | None:
     heads: Any = official["decoder_num_attention_heads"]
     if not isinstance(heads, int) or heads < 1:
         raise ConfigError(f"{where}: `decoder_num_attention_heads` is {heads!r}; it must be a positive whole number")
-    return heads, float(official.get("layer_norm_eps", 1e-12))
+    return heads, number(official.get("layer_norm_eps", 1e-12), f"{where}: layer_norm_eps")

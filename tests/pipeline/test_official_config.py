@@ -168,7 +168,7 @@ def test_unknown_keys_are_named_with_the_closest_match(converted: Any) -> None:
     reading = converted(DIT_TRAINING, {"training.ema_deacy": 0.9, "extra.thing": 1})
     assert "unknown and left out: `training.ema_deacy: 0.9` (did you mean `training.ema_decay`?)" in reading.notes
     assert any("`extra.thing: 1`" in note for note in reading.notes)
-    with pytest.raises(ConfigError, match=r"no parameter `mlp_ration` \(did you mean `mlp_ratio`"):
+    with pytest.raises(ConfigError, match=r"unknown key `mlp_ration` \(did you mean `mlp_ratio`"):
         converted(DIT_TRAINING, {"stage_2.params.mlp_ration": 4.0})
 
 
@@ -197,6 +197,38 @@ def test_values_are_checked_like_any_configuration(converted: Any) -> None:
         converted(DIT_TRAINING, {"stage_2.params.use_swiglu": False})
     with pytest.raises(ConfigError, match=r"os.system"):
         converted(DIT_TRAINING, {"stage_2.target": "os.system"})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "stage_1.params.encoder_input_size",
+        "stage_2.params.hidden_size",
+        "stage_2.params.num_classes",
+        "misc.time_dist_shift_dim",
+        "misc.latent_size",
+        "guidance.scale",
+        "guidance.t_min",
+        "training.epochs",
+        "training.scheduler.type",
+        "sampler.params.num_steps",
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named(converted: Any, key: str) -> None:
+    with pytest.raises(ConfigError, match=r"nonsense"):
+        converted(DIT_TRAINING, {key: ["nonsense", "nonsense"]})
+
+
+def test_what_the_official_classes_are_built_with_by_default_is_written_out(converted: Any) -> None:
+    for target, sizes in (
+        ("stage2.models.DDT.DiTwDDTHead", ([1152, 2048], [28, 2], [16, 16])),
+        ("stage2.models.lightningDiT.LightningDiT", ([1152], [28], [16])),
+    ):
+        section = converted({**DIT_TRAINING, "stage_2": {"target": target}}).settings["train_dit"]
+        assert (section["hidden_size"], section["depth"], section["num_heads"]) == sizes
+        assert section["num_classes"] == 1000
+    section = converted(DIT_TRAINING, {"stage_2.params.num_heads": 8}).settings["train_dit"]
+    assert section["num_heads"] == [8, 8]
 
 
 def test_what_is_no_official_file_is_refused(tmp_path: Path) -> None:
