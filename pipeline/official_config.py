@@ -169,7 +169,10 @@ def _sample(reading: Reading, path: Path) -> None:
     sampler = "sde" if is_sde else {"euler": "euler", "heun2": "heun"}.get(method, "adaptive")
     reading.put(section, "sampler", sampler)
     if is_sde:
+        if method == "heun":
+            reading.notes.append("no counterpart: `sampler.params.sampling_method: Heun`; the SDE is stepped by Euler")
         reading.move(section, SDE)
+        reading.settings[section]["last_step"] = reading.take("sampler.params.last_step", "Mean")  # null is none
     elif sampler == "adaptive":
         reading.move(section, ADAPTIVE)
     else:

@@ -74,7 +74,7 @@ SDE: Keys = (
     ("sampler.params.num_steps", "num_steps", 250),
     ("sampler.params.diffusion_form", "diffusion_form", "SBDM"),
     ("sampler.params.diffusion_norm", "diffusion_norm", None),
-    ("sampler.params.last_step", "last_step", "Mean"),
+    ("sampler.params.last_step_size", "last_step_size", None),
 )
 # Keys with the one value that has a meaning here, which need not be said.
 ALWAYS: Mapping[str, Any] = {
@@ -97,7 +97,6 @@ WITHOUT: Mapping[str, str] = {
     "eval.metrics": "`rae evaluate` takes all its scores",
     "eval.reference_npz_path": "`rae evaluate` scores against held-out images",
     "transport.params.time_dist_shift": "the official trainer drops it too: `misc` says the shift",
-    "sampler.params.last_step_size": "the last step is one of the grid",
 }
 
 

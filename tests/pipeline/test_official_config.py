@@ -147,6 +147,34 @@ def test_guidance_is_taken_with_either_spelling(converted: Any) -> None:
         assert (sample["guidance_scale"], sample["guidance_interval"]) == (1.5, [0.1, 0.9])
 
 
+def test_autoguidance_names_the_guide_and_imports_it(converted: Any) -> None:
+    guide = {**STAGE_2, "ckpt": "models/DiTDH-S_ep14/stage2_model.pt"}
+    changes = {"guidance": {"method": "autoguidance", "scale": 1.42, "guidance_model": guide}}
+    reading = converted(DIT_TRAINING, changes)
+    assert reading.settings["sample"]["guide"] == "DiTDH-S_ep14"
+    assert reading.commands[0].startswith("rae import official models/DiTDH-S_ep14/stage2_model.pt --name DiTDH-S_ep14")
+    assert "guide" not in converted(DIT_TRAINING, changes | {"guidance.scale": 1.0}).settings["sample"]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "sample"),
+    [
+        ({"params": {"sampling_method": "heun2", "num_steps": 20}}, {"sampler": "heun", "num_steps": 20}),
+        (
+            {"params": {"sampling_method": "dopri5", "num_steps": 50, "rtol": "1e-4"}},
+            {"sampler": "adaptive", "rtol": "1e-4"},
+        ),
+        ({}, {"sampler": "adaptive"}),
+        (
+            {"mode": "SDE", "params": {"diffusion_form": "sigma", "last_step": None}},
+            {"sampler": "sde", "num_steps": 250, "diffusion_form": "sigma", "last_step": None},
+        ),
+    ],
+)
+def test_samplers_have_their_own_names(converted: Any, sampler: dict[str, Any], sample: dict[str, Any]) -> None:
+    assert converted(DIT_TRAINING, {"sampler": sampler}).settings["sample"] == sample
+
+
 def test_the_512_px_file_is_corrected_and_says_so(converted: Any) -> None:
     sections = {**DIT_TRAINING, "training": {"epochs": 1400, "global_batch_size": 1024, "schedule_type": "linear"}}
     older = {"base_lr": 2e-4, "final_lr": 2e-5, "beta": [0.9, 0.95], "wd": 0.0}
