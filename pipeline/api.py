@@ -62,6 +62,7 @@ def encode(
 
     Raises:
         ConfigError: a module without a version, or one that returns no tokens.
+        MissingInput: an encoder whose files are not on this machine.
     """
     import torch
 
@@ -83,14 +84,22 @@ def encode(
 
 
 def load_decoder(ref: str, workspace: str | None = None, weights: "Weights" = "ema", device: str = "cpu") -> "Decoder":
-    """A trained decoder: `decoder(tokens)` gives images [B, 3, S, S] in [0, 1] for raw tokens [B, C, H, W]."""
+    """A trained decoder: `decoder(tokens)` gives images [B, 3, S, S] in [0, 1] for raw tokens [B, C, H, W].
+
+    `ref` is a name, id or path; `weights` the averaged ones or those of the last step. Raises `MissingInput` if there
+    is none, `CorruptData` if it can't be read.
+    """
     from rae.stages.models.trained import Decoder
 
     return Decoder.load(_workspace(workspace).resolve(ref, "decoder").payload, weights, device)
 
 
 def load_dit(ref: str, workspace: str | None = None, weights: "Weights" = "ema", device: str = "cpu") -> "Dit":
-    """A trained transformer: `dit(x, t, y)` is the velocity at whitened latents x [B, C, H, W], times t, labels y."""
+    """A trained transformer: `dit(x, t, y)` is the velocity at whitened latents x [B, C, H, W], the shape of x.
+
+    Times t [B] are in [0, 1], 1 being noise; labels y int64 [B], `dit.num_classes` being none. Trained with another
+    `prediction` than velocity, it gives that. Arguments and errors as of `load_decoder`.
+    """
     from rae.stages.models.trained import Dit
 
     return Dit.load(_workspace(workspace).resolve(ref, "dit").payload, weights, device)
@@ -186,6 +195,8 @@ def run(
     `encoder` stands in for the configuration's `encode.encoder`: a module that maps images [B, 3, S, S] in [0, 1] to
     tokens [B, C, H, W]. Its weights' digest and its declared `version` (the argument, else its attribute) stand in what
     is made with it, so that another version or other weights make other artifacts. It is left as it was.
+
+    Raises what the command would say, as a `RaeError`: before the first stage where that can be known.
     """
     from rae.pipeline import config as configuration
     from rae.pipeline import runner

@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Float32, TypeCheckError
 from torch import Tensor, nn
 
-from rae.stages.models import dit, layers, samplers, transport
+from rae.stages.models import dit, layers, samplers, sde, transport
 from rae.stages.models.transport import Coefficients, Transport, create_transport
 from tests.stages.models.shapes import BATCHES, Labels, Latents, Times, checked, draw, every_size, tiny_dit
 
@@ -152,6 +152,17 @@ def sample_ode(model: object, noise: Latents, y: Labels, law: Transport, sampler
     return samplers.sample_ode(model, noise, y, transport=law, sampler=sampler, num_steps=3, null_label=5)
 
 
+@checked
+def sample_sde(model: object, noise: Latents, y: Labels, law: Transport, last_step: str | None) -> Latents:
+    given = {"transport": law, "num_steps": 3, "last_step": last_step, "null_label": 5}
+    return sde.sample_sde(model, noise, y, step_noise=lambda step: torch.ones_like(noise), **given)
+
+
+@checked
+def sde_times(law: Transport, num_steps: int, last_step: str | None) -> Float32[Tensor, " {num_steps}"]:
+    return sde.sde_times(law, num_steps, last_step, 0.04)
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("path_type", ["Linear", "GVP", "VP"])
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "score", "data"])
@@ -169,8 +180,11 @@ def test_transport_and_samplers(path_type: str, prediction: str, batch: int) -> 
         training_losses(law, model, x, y, times)
     for guide in (model, None):
         guided(model, x, torch.tensor(0.5), y, guide)
-    for sampler in ("euler", "heun"):
+    for sampler in ("euler", "heun", "adaptive"):
         sample_ode(model, x, y, law, sampler)
+    for last_step in ("Mean", "Tweedie", "Euler", None):
+        sde_times(law, 5, last_step)
+        sample_sde(model, x, y, law, last_step)
 
 
 # ---- the checks can fail --------------------------------------------------------------------------------------------
