@@ -65,8 +65,8 @@ STAGES = {
     for stage in (
         Stage("shards", "shards", version=1, implied=True),
         Stage("encode", "latents", version=2),
-        Stage("train_decoder", "decoder", version=1),
-        Stage("train_dit", "dit", version=1),
+        Stage("train_decoder", "decoder", version=2),
+        Stage("train_dit", "dit", version=2),
         Stage("sample", "samples", version=1, implied=True),
         Stage("evaluate", "scores", version=1),
     )

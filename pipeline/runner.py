@@ -215,5 +215,8 @@ def explained(error: OSError, command: str) -> RaeError | None:
 
 
 def payload_bytes(artifact: Artifact) -> int:
-    """Bytes of an artifact on the disk, checkpoints and all."""
+    """Bytes of an artifact on the disk, checkpoints and all; of latents what the manifest says of its many files."""
+    manifest = artifact.manifest
+    if manifest.kind == "latents":
+        return int(manifest.metrics["bytes"]) + sum(int(entry["bytes"]) for entry in manifest.files)
     return sum(path.stat().st_size for path in Path(artifact.folder).rglob("*") if path.is_file())

@@ -179,7 +179,8 @@ class TrainDitSection(TrainingSection):
 
     It trains on the latents that this configuration encodes, or on those that the REF `latents` names.
     For `DiT-DH`, `hidden_size`, `depth` and `num_heads` are pairs: body, head. For `LightningDiT` one number each.
-    `size` S, B, L or XL stands for all three.
+    `size` S, B, L or XL stands for all three. `shuffle: windowed` permutes the store's parts, and the rows of every
+    `window_parts` of them: for disks that are slow at random reads.
     """
 
     shorthands = ("size",)
@@ -190,6 +191,8 @@ class TrainDitSection(TrainingSection):
     depth: tuple[Positive, ...] = (12, 2)
     num_heads: tuple[Positive, ...] = (6, 16)
     mlp_ratio: Rate = 4.0
+    shuffle: Literal["global", "windowed"] = "global"
+    window_parts: Positive = 16
     num_classes: Annotated[int, Field(ge=0)] | None = None
     class_dropout_prob: Fraction = 0.1
     use_qknorm: bool = False

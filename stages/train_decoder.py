@@ -24,7 +24,7 @@ from rae.stages.training.loop import Learner, train
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
 from rae.store.errors import CorruptData
-from rae.store.order import batch_rows, draw
+from rae.store.order import GlobalShuffle, batch_rows, draw
 from rae.store.shards import Source
 
 
@@ -92,9 +92,11 @@ def run(
         distance = perceptual(made, batch.images).mean()
         return pixel + section.perceptual_weight * distance, {"l1": pixel, "perceptual": distance}
 
+    order = GlobalShuffle(len(crops))
+
     def batch(epoch: int, step: int) -> Batch:
         place = (ranks.rank, ranks.world_size)
-        rows = batch_rows(len(crops), section.batch_size, section.seed, epoch, step, *place)
+        rows = batch_rows(order, section.batch_size, section.seed, epoch, step, *place)
         images = to_unit(crops.batch(rows, epoch), device)
         level = uniform(section.seed, "noise_level", epoch, rows, device)
         noise = normal((encoder.token_dim, *encoder.grid), section.seed, "noise", epoch, rows, device)

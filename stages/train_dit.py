@@ -32,7 +32,13 @@ class Batch:
     y: Tensor
     t: Tensor
     noise: Tensor
-    keys: Sequence[str]
+    store: LatentStore
+    rows: np.ndarray
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Names of the samples, read when a message needs them."""
+        return self.store.keys_of(self.rows)
 
 
 def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
@@ -54,9 +60,11 @@ def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return transport.training_losses(model, batch.x, batch.y, t=batch.t, noise=batch.noise).mean(), {}
 
+    order = store.shuffle(section.shuffle, section.window_parts)
+
     def batch(epoch: int, step: int) -> Batch:
         place = (ranks.rank, ranks.world_size)
-        rows = batch_rows(len(store), section.batch_size, section.seed, epoch, step, *place)
+        rows = batch_rows(order, section.batch_size, section.seed, epoch, step, *place)
         return make_batch(store, whitening, rows, epoch, section, transport, num_classes)
 
     dit = build_dit(config)
@@ -85,7 +93,7 @@ def count_classes(section: TrainDitSection, store: LatentStore) -> int:
             f"{unlabelled} of {len(labels)} latents have no label; set `train_dit.num_classes` to 0 to train without"
         )
     if num_classes and found > num_classes:
-        key = store.keys[int(labels.argmax())]
+        (key,) = store.keys_of([labels.argmax()])
         raise ConfigError(
             f"`train_dit.num_classes` is {num_classes}, and the label of `{key}` is {found - 1}; labels count from 0"
         )
@@ -137,4 +145,4 @@ def make_batch(
     y = torch.where(dropped, num_classes, y) if num_classes else torch.zeros_like(y)
     t = transport.sample_times(uniform(seed, "time", epoch, rows, device))
     noise = normal(store.shape, seed, "noise", epoch, rows, device)
-    return Batch(x, y, t, noise, [store.keys[row] for row in rows])
+    return Batch(x, y, t, noise, store, rows)

@@ -8,6 +8,7 @@ metadata under `rae.content`.
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -150,6 +151,48 @@ def read_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> pa.Ta
         return table
     except (pa.ArrowException, OSError) as error:
         raise CorruptData(f"the table {path} is damaged ({error})") from error
+
+
+class ValidRows:
+    """The index by row, a row group at a time: memory holds what is asked for, and 32 groups.
+
+    `first_row` [parts + 1] says how many valid rows lie before each part. `CorruptData` if the index has others.
+    """
+
+    def __init__(self, path: Path, layout: LatentLayout, first_row: npt.NDArray[np.int64]) -> None:
+        self._path, self._file = path, open_table(path, INDEX_SCHEMA)
+        parts_per_group = max(1, SLOTS_PER_GROUP // layout.rows_per_part)
+        self._begins = np.append(first_row[:-1:parts_per_group], first_row[-1])
+        self.groups = self._begins.size - 1
+        slots = (first_row.size - 1) * layout.rows_per_part
+        metadata = self._file.metadata
+        if (metadata.num_rows, metadata.num_row_groups) != (slots, self.groups):
+            raise CorruptData(f"{path} has {metadata.num_rows} lines, and {PARTS_FILE} lists parts of {slots} slots")
+        self._kept = lru_cache(32)(self.column)
+
+    def rows(self, group: int) -> slice:
+        """The rows in a row group."""
+        return slice(int(self._begins[group]), int(self._begins[group + 1]))
+
+    def column(self, name: str, group: int) -> Any:
+        """A column's values for the valid rows of a group, as an Arrow array."""
+        try:
+            table = self._file.read_row_group(group, columns=[name, "valid"])
+            table.validate(full=True)
+            values = table[name].filter(table["valid"])
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptData(f"the table {self._path} is damaged ({error})") from error
+        rows = self.rows(group)
+        if len(values) != rows.stop - rows.start:
+            raise CorruptData(
+                f"{self._path} has {len(values)} valid rows where {PARTS_FILE} lists {rows.stop - rows.start}"
+            )
+        return values
+
+    def value(self, name: str, row: int) -> Any:
+        """One row's value."""
+        group = int(np.searchsorted(self._begins, row, side="right")) - 1
+        return self._kept(name, group)[row - int(self._begins[group])].as_py()
 
 
 def integers(table: pa.Table, column: str) -> npt.NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from rae.stages.training.data import prefetch
 from rae.stages.training.whitening import Whitening
-from rae.store.latents import LatentStore
+from rae.store.latents import WINDOW_PARTS, LatentStore
 from rae.store.order import batch_rows, steps_per_epoch
 
 
@@ -34,6 +34,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
         rank: int = 0,
         world_size: int = 1,
         workers: int = 2,
+        shuffle: Literal["global", "windowed"] = "global",
+        window_parts: int = WINDOW_PARTS,
     ) -> Iterator[dict[str, Any]]:
         """The shuffled batches that `LatentStore.batches` gives, ready for a model and made ahead by threads.
 
@@ -41,8 +43,10 @@ class LatentDataset(Dataset[dict[str, Any]]):
         number of `workers`, and of ranks together.
         """
 
+        order = self.latents.shuffle(shuffle, window_parts)
+
         def make(step: int) -> dict[str, Any]:
-            rows = batch_rows(len(self), batch_size, self.seed, epoch, step, rank, world_size)
+            rows = batch_rows(order, batch_size, self.seed, epoch, step, rank, world_size)
             views = self.latents.draw_views(rows, self.seed, epoch)
             latent = self._whitening(self.latents.rows(rows, views))
             return {
@@ -71,6 +75,6 @@ class LatentDataset(Dataset[dict[str, Any]]):
         latents = self._whitening(self.latents.rows(chosen, views))
         labels = self.latents.labels[chosen]
         return [
-            {"latent": latent, "label": int(label), "key": self.latents.keys[row], "row": int(row)}
-            for latent, label, row in zip(latents, labels, chosen, strict=True)
+            {"latent": latent, "label": int(label), "key": key, "row": int(row)}
+            for latent, label, key, row in zip(latents, labels, self.latents.keys_of(chosen), chosen, strict=True)
         ]

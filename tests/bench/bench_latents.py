@@ -27,7 +27,7 @@ from rae.store.latents import LatentStore
 from rae.store.latents_finish import finish
 from rae.store.latents_writer import PartWriter
 from rae.store.layout import LatentLayout, plan_parts
-from rae.store.order import batch_rows
+from rae.store.order import GlobalShuffle, batch_rows
 
 SHAPE, BATCH, PER_FILE = (768, 16, 16), 64, 512
 LATENT_BYTES = int(np.prod(SHAPE)) * 2
@@ -219,7 +219,7 @@ def measure(folder: Path, count: int, rounds: int) -> None:
         "zarr-python, row by row": zarr_python(folder / "ours"),
     }
     del latents
-    shuffled = [batch_rows(count, BATCH, 0, 0, step) for step in range(count // BATCH)]
+    shuffled = [batch_rows(GlobalShuffle(count), BATCH, 0, 0, step) for step in range(count // BATCH)]
     sequential = np.split(np.arange(count), count // BATCH)
     report("shuffled batches of 64, warm", warm(readers, shuffled, rounds), count)
     report("shuffled batches of 64, cold", cold(readers, shuffled, rounds), count)

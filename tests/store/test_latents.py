@@ -13,7 +13,7 @@ import zarr
 
 from rae.store.errors import ConfigError, CorruptData, MissingInput
 from rae.store.latents import LatentStore
-from rae.store.order import batch_rows, steps_per_epoch
+from rae.store.order import GlobalShuffle, batch_rows, steps_per_epoch
 
 SHARD = "latents/c/{}/0/0/0/0"
 
@@ -171,13 +171,31 @@ def test_batches_are_rows_in_the_order_of_the_law(tmp_path: Path, given) -> None
     batches = list(store.batches(4, seed=9, epoch=2, raw=True))
     assert len(batches) == steps_per_epoch(39, 4) == 9
     for step, batch in enumerate(batches):
-        np.testing.assert_array_equal(batch["row"], batch_rows(39, 4, 9, 2, step))
+        np.testing.assert_array_equal(batch["row"], batch_rows(GlobalShuffle(39), 4, 9, 2, step))
         slots = latents.valid_slots[batch["row"]]
         np.testing.assert_array_equal(batch["latent"], latents.latents[slots, batch["view"]])
         np.testing.assert_array_equal(batch["label"], store.labels[batch["row"]])
     seen = np.concatenate([batch["row"] for batch in batches])
     assert np.unique(seen).size == 36
     assert all(array.flags.writeable for array in batches[0].values())  # torch.from_numpy warns of others
+
+
+def test_windowed_batches_hold_a_window_of_parts_and_resume(tmp_path: Path, given) -> None:
+    given(samples=(16, 16), rows_per_part=4, invalid=(3,)).write(tmp_path)
+    store = LatentStore(tmp_path)
+    whole = list(store.batches(4, seed=0, epoch=1, shuffle="windowed", window_parts=2))
+    rows = np.concatenate([batch["row"] for batch in whole])
+    assert np.unique(rows).size == 28
+    slots = np.delete(np.arange(32), 3)[rows[:7]]
+    assert np.unique(slots // 4).size == 2
+    resumed = list(store.batches(4, seed=0, epoch=1, start_step=5, shuffle="windowed", window_parts=2))
+    assert [batch["latent"].tobytes() for batch in resumed] == [batch["latent"].tobytes() for batch in whole[5:]]
+    shares = [
+        list(store.batches(4, seed=0, epoch=1, rank=rank, world_size=2, shuffle="windowed", window_parts=2))
+        for rank in range(2)
+    ]
+    for step, batch in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([share[step]["row"] for share in shares]), batch["row"])
 
 
 def test_views_are_drawn_per_row_and_epoch_and_not_by_batch(tmp_path: Path, given) -> None:

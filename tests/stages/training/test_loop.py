@@ -21,7 +21,7 @@ from rae.stages.training.metrics_log import read
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
 from rae.store.errors import PartialResult, RaeError
-from rae.store.order import batch_rows
+from rae.store.order import GlobalShuffle, batch_rows
 
 ROWS = 10
 SECTION = TrainingSection(
@@ -52,7 +52,7 @@ class Points:
 
 def points(section: TrainingSection) -> Callable[[int, int], Points]:
     def batch(epoch: int, step: int) -> Points:
-        rows = batch_rows(ROWS, section.batch_size, section.seed, epoch, step)
+        rows = batch_rows(GlobalShuffle(ROWS), section.batch_size, section.seed, epoch, step)
         clean = normal((4,), section.seed, "point", 0, rows)
         return Points(rows, clean + 0.1 * normal((4,), section.seed, "noise", epoch, rows), clean.flip(1))
 

@@ -18,7 +18,7 @@ from rae.stages.training.loop import Learner, train
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
 from rae.store.errors import PartialResult, RaeError
-from rae.store.order import batch_rows
+from rae.store.order import GlobalShuffle, batch_rows
 
 ROWS = 26
 SECTION = TrainingSection(
@@ -39,7 +39,7 @@ class Points:
 
 
 def batch(epoch, step):
-    rows = batch_rows(ROWS, SECTION.batch_size, SECTION.seed, epoch, step, RANKS.rank, RANKS.world_size)
+    rows = batch_rows(GlobalShuffle(ROWS), SECTION.batch_size, SECTION.seed, epoch, step, RANKS.rank, RANKS.world_size)
     return Points(rows, normal((4,), SECTION.seed, "point", 0, rows))
 
 
