@@ -45,15 +45,24 @@ class OwnEncoder:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """What determines the tokens: class, version, preprocessing, and the sha256 of the state dict."""
+        """What determines the tokens: class, version, preprocessing, and the sha256 of the state dict.
+
+        Raises:
+            ConfigError: the state dict holds what has no digest.
+        """
+        import torch
+
         from rae.stages.models.saving import digest_weights
 
+        state = self.module.state_dict()
+        if other := [key for key, value in state.items() if not isinstance(value, torch.Tensor)]:
+            raise ConfigError(f"the state dict of the encoder `{self.name}` holds `{other[0]}`, which is no tensor")
         preprocessing = {"input_size": self.input_size, "mean": self.mean, "std": self.std}
         return {
             "class": class_name(self.module),
             "version": self.version,
             "preprocessing": canonical(preprocessing).decode(),
-            "state_dict": digest_weights(self.module.state_dict()),
+            "state_dict": digest_weights(state),
         }
 
     @property

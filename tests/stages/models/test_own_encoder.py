@@ -125,6 +125,13 @@ def test_the_digest_covers_weights_class_version_and_preprocessing() -> None:
     assert own_encoder(Patches(), name="other").digest == own_encoder(Patches()).digest == digests[0]
 
 
+def test_a_state_that_has_no_digest_is_refused() -> None:
+    module = Patches()
+    module.dropout.__class__ = type("Stateful", (nn.Dropout,), {"get_extra_state": lambda _: "words"})
+    with pytest.raises(ConfigError, match=r"holds `dropout\._extra_state`, which is no tensor"):
+        own_encoder(module).digest  # noqa: B018
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
