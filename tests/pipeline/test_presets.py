@@ -153,13 +153,17 @@ def test_a_plan_says_what_the_latents_take(bare: Rae, tmp_path: Path) -> None:
         "train_decoder.perceptual_loss": "none",
     }
     words = [word for key, value in given.items() for word in ("-s", f"{key}={value}")]
-    rows = bare("plan", PRESET, "-w", bare.workspace, "--json", *words).succeeded().json
-    first = rows[0]
-    assert (first["stage"], first["state"], first["rows"]) == ("encode", "run", 3)
-    assert first["bytes"] == 3 * 2 * 768 * 16 * 16 * 2  # images, views, float16
-    assert [row["state"] for row in rows] == ["run", "run", "wait", "wait", "wait"]
-    told = bare("plan", PRESET, "-w", bare.workspace, *words).succeeded().out
+    rows = {row["stage"]: row for row in bare("plan", PRESET, "-w", bare.workspace, "--json", *words).json}
+    encode = rows["encode"]
+    assert (encode["state"], encode["rows"]) == ("run", 3)
+    assert encode["bytes"] == 3 * 2 * 768 * 16 * 16 * 2  # images, views, float16
+    assert rows["train-dit"]["state"] == "wait"
+    told = bare("plan", PRESET, "-w", bare.workspace, *words).out
     assert "3 images x 2 view(s) x 768 x 16 x 16 float16" in " ".join(told.split())
+
+
+def test_a_plan_that_lacks_nothing_succeeds(bare: Rae) -> None:
+    assert not bare("plan", "quickstart", "-w", bare.workspace).succeeded().err
 
 
 # ---- extends --------------------------------------------------------------------------------------------------------
