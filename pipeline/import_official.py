@@ -14,7 +14,7 @@ from rae.stages.job import Job, Result
 from rae.stages.models.weights import digest_file
 from rae.stages.sections import EncodeSection
 from rae.store.artifacts import Workspace, check_name
-from rae.store.errors import ConfigError, MissingInput
+from rae.store.errors import ConfigError, MissingInput, StaleInput
 from rae.store.manifest import Json
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def import_official(official: Official, workspace: Workspace, options: Options) 
 def _import_decoder(
     official: Official, name: str, checkpoint: "Checkpoint", workspace: Workspace, options: Options
 ) -> Outcome:
-    from rae.stages.models.official import infer_decoder, latent_size, read_stats
+    from rae.stages.models.official import count_parameters, infer_decoder, latent_size, read_stats
     from rae.stages.models.trained import save_decoder
 
     channels, side = latent_size(checkpoint)
@@ -88,7 +88,7 @@ def _import_decoder(
 
     def write(job: Job) -> Result:
         files, content = save_decoder(job.folder, config, encoder, None, checkpoint.state, stats)
-        return Result(content, {"parameters": checkpoint.parameters, "image_size": config.image_size}, files)
+        return Result(content, {"parameters": count_parameters(config), "image_size": config.image_size}, files)
 
     settings = {"config": config.to_dict(), "encoder": encoder, "weights": checkpoint.weights}
     stage = Stage("import official", "decoder", version=1)
@@ -99,7 +99,7 @@ def _import_dit(
     official: Official, name: str, checkpoint: "Checkpoint", workspace: Workspace, options: Options
 ) -> Outcome:
     from rae.stages.models.dit import DiTConfig
-    from rae.stages.models.official import infer_dit, latent_size, read_stats
+    from rae.stages.models.official import count_parameters, infer_dit, latent_size, read_stats
     from rae.stages.models.trained import DitDescription, save_dit
     from rae.stages.models.transport import auto_shift, create_transport
 
@@ -121,7 +121,7 @@ def _import_dit(
 
     def write(job: Job) -> Result:
         files, content = save_dit(job.folder, about, stats, None, checkpoint.state)
-        return Result(content, {"parameters": checkpoint.parameters}, files)
+        return Result(content, {"parameters": count_parameters(about.config)}, files)
 
     settings = {**about.to_json(), "weights": checkpoint.weights}
     stage = Stage("import official", "dit", version=1)
@@ -143,16 +143,21 @@ def _import_backbone(official: Official, checkpoint: "Checkpoint", options: Opti
     from rae.stages.models.official import check_backbone
     from rae.stages.models.saving import save_weights
 
-    if official.out is None or official.name is not None:
+    out = official.out
+    if out is None or any(given is not None for given in (official.name, official.stats, official.encoder)):
         raise ConfigError(
             f"{official.file} holds the backbone of the discriminator, which is no artifact but a file: say where to"
-            " write it with `--out disc.safetensors`, and leave out `--name`"
+            " write it with `--out disc.safetensors`, and leave out `--name`, `--stats` and `--encoder`"
         )
-    if official.out.suffix != ".safetensors":
-        raise ConfigError(f"`--out {official.out}` must end in .safetensors, which is what is written")
-    recipe = check_backbone(checkpoint)
-    save_weights(official.out, checkpoint.state)
-    digest = digest_file(official.out)
-    options.console.say(f"wrote {official.out}, the backbone of discriminator {recipe}, sha256 {digest}")
-    options.console.say(f"use it with: rae train-decoder CONFIG -s train_decoder.disc_weights={official.out}")
-    return {"kind": "backbone", "recipe": recipe, "path": str(official.out), "sha256": digest}
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"`--out {out}` must end in .safetensors, which is what is written")
+    recipe, partial = check_backbone(checkpoint), out.with_name(f"{out.name}.partial")
+    save_weights(partial, checkpoint.state)
+    digest = digest_file(partial)
+    if out.exists() and digest_file(out) != digest:
+        partial.unlink()
+        raise StaleInput(f"{out} is there already, and is another: write to another file")
+    partial.replace(out)
+    options.console.say(f"wrote {out}, the backbone of discriminator {recipe}, sha256 {digest}")
+    options.console.say(f"use it with: rae train-decoder CONFIG -s train_decoder.disc_weights={out}")
+    return {"kind": "backbone", "recipe": recipe, "path": str(out), "sha256": digest}

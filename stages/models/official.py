@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,11 +49,6 @@ class Checkpoint:
             raise CorruptData(f"{self.path} holds `{name}` as {list(shape)}, which is no shape that a {self.kind} has")
         return shape
 
-    @property
-    def parameters(self) -> int:
-        """Numbers in it, constant tables included."""
-        return sum(tensor.numel() for tensor in self.state.values())
-
     def count(self, prefix: str) -> int:
         """How many `PREFIX.N` there are."""
         return len({name.split(".")[1] for name in self.state if name.startswith(f"{prefix}.")})
@@ -73,12 +67,14 @@ def read_tensors(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
     except pickle.UnpicklingError as error:
         raise CorruptData(
             f"{path} is no checkpoint of plain tensors: it is damaged, or a pickle that would run code, which is never"
             " loaded"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # a damaged file makes the unpickler raise anything
         raise CorruptData(f"{path} cannot be read as weights: {error}") from error
     if not isinstance(value, dict) or not value:
         raise CorruptData(f"{path} holds no tensors by name")
@@ -238,6 +234,13 @@ def _mlp_ratio(path: Path, widths: list[int], hidden: list[int]) -> float:
         if all(int(2 / 3 * int(width * ratio)) == one for width, one in zip(widths, hidden, strict=True)):
             return ratio
     raise ConfigError(f"the MLP ratio of the blocks in {path} is no round number: name its YAML file with `--config`")
+
+
+def count_parameters(config: DecoderConfig | DiTConfig) -> int:
+    """Numbers that are trained in a model of this configuration."""
+    with torch.device("meta"):
+        model = ViTDecoder(config) if isinstance(config, DecoderConfig) else build_dit(config)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_backbone(checkpoint: Checkpoint) -> str:

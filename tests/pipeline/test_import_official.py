@@ -77,7 +77,7 @@ def test_a_decoder_keeps_statistics_and_says_what_it_took_at_its_word(
     about = rae.artifact("decoder/vit")
     encoder = about["config"]["import_official"]["encoder"]
     assert (encoder["name"], encoder["digest"]) == ("facebook/dinov2-with-registers-base", None)
-    assert about["metrics"]["parameters"] == sum(tensor.numel() for tensor in release.decoder.state_dict().values())
+    assert about["metrics"]["parameters"] == sum(tensor.numel() for tensor in release.decoder.parameters())
     (stats,) = Path(about["path"]).rglob("latent_stats.safetensors")
     assert torch.equal(load_file(stats)["var"], release.var)
 
@@ -220,3 +220,7 @@ def test_the_discriminators_backbone_becomes_a_file(importing: Any, backbone: Pa
     assert discriminator.backbone.blocks[0].attn.qkv.bias.unique().tolist() == [0.0, 0.5]
     importing(backbone, "--name", "x").refused(2, "--out")
     importing(backbone, "--out", tmp_path / "disc.pt").refused(2, ".safetensors")
+    importing(backbone, "--out", out).succeeded()
+    out.write_bytes(b"mine")
+    importing(backbone, "--out", out).refused(4, "is there already")
+    assert [path.name for path in tmp_path.glob("disc*")] == ["disc.safetensors"]

@@ -9,7 +9,7 @@ import yaml
 
 from rae.pipeline import config as configuration
 from rae.pipeline.official_config import convert, to_yaml
-from rae.pipeline.official_keys import Reading
+from rae.pipeline.official_keys import GAN, Reading
 from rae.store.errors import ConfigError, MissingInput
 
 DINOV2 = "facebook/dinov2-with-registers-base"
@@ -120,6 +120,17 @@ def test_training_a_decoder_means_what_the_preset_means(converted: Any) -> None:
     section = reading.settings["train_decoder"]
     assert (section["size"], section["resize_size"], section["noise_tau"]) == ("XL", 384, 0.8)
     assert (section["schedule"], section["warmup_epochs"], section["perceptual_weight"]) == ("cosine", 1, 1.0)
+
+
+def test_every_adversarial_setting_is_kept_or_said(converted: Any) -> None:
+    gan = {official: 1 for official, _, _ in GAN} | {"gan.disc.arch.recipe": "S_16", "gan.disc.arch.norm_type": "gn"}
+    gan |= {"gan.loss.disc_loss": "hinge", "gan.disc.arch.dino_ckpt_path": "models/dino.pth", "gan.disc.arch.ks": 9}
+    gan |= {"gan.disc.arch.using_spec_norm": False}
+    reading = converted(DECODER_TRAINING, gan)
+    said = {ours for _, ours, _ in GAN if any(f"`train_decoder.{ours}: " in note for note in reading.notes)}
+    kept = {ours: reading.settings["train_decoder"].get(ours) for _, ours, _ in GAN if ours not in said}
+    assert kept == {ours: gan[official] for official, ours, _ in GAN if ours not in said}
+    assert reading.commands == ["rae import official models/dino.pth --out disc.safetensors"]
 
 
 def test_a_discriminator_trained_otherwise_is_said(converted: Any) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of the release are recognised by their tensors, sized by their shapes, and refused by name."""
 
+import contextlib
 import json
 import pickle
 from pathlib import Path
@@ -180,7 +181,7 @@ def test_code_in_a_checkpoint_is_refused_in_one_sentence(
     [
         (b"", "model.pt"),
         (b"not a checkpoint", "no checkpoint"),
-        (pickle.dumps({"a": 1}), "model.pt"),
+        (pickle.dumps({"a": 1}, protocol=2), "model.pt"),
         ({"step": torch.ones(1)}, "holds no model of the release.*`step`"),
         ({"decoder_embed.weight": "text"}, "other things than tensors"),
         ([torch.ones(1)], "no tensors by name"),
@@ -193,6 +194,20 @@ def test_what_is_no_checkpoint_is_refused(content: Any, words: str, tmp_path: Pa
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(CorruptData, match=words):
         infer_decoder(read_checkpoint(path), ENCODER, 2)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_damaged_checkpoint_is_refused_wherever_the_damage_lies(legacy: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"decoder_embed.weight": torch.ones(3)}, path, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place])
+        with pytest.raises(CorruptData):
+            read_checkpoint(path)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with contextlib.suppress(CorruptData):  # a flipped byte of a value is another value
+            read_checkpoint(path)
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(saved: Any) -> None:
