@@ -140,6 +140,7 @@ def gallery(facts: Facts) -> Json | None:
     shown = read_gallery(samples, _class_names(facts), _held_out(facts.pipeline))
     section = samples.manifest.config.get("sample", {})
     settings = {key: section.get(key) for key in ("num_steps", "sampler", "guidance_scale", "seed")}
+    settings["guide"] = samples.manifest.inputs.get("guide", {}).get("id")
     return {"shown": shown, "settings": settings, "pixelated": shown.image_size <= PIXELATED_UP_TO}
 
 

@@ -227,6 +227,22 @@ def test_the_sampler_s_images_depend_on_seed_index_and_class_alone(place: str) -
     assert np.abs(images[0] - images[2]).max() > 1  # same class, other index
 
 
+def test_every_sampler_and_a_guide_are_at_hand(place: str) -> None:
+    dit, decoder = api.load_dit("tiny", workspace=place), api.load_decoder("tiny", workspace=place)
+    guide = api.load_dit("tiny", workspace=place, weights="model")
+    drawn = {
+        "euler": api.sample(dit, decoder, [2, 7]),
+        "heun": api.sample(dit, decoder, [2, 7], sampler="heun"),
+        "adaptive": api.sample(dit, decoder, [2, 7], sampler="adaptive", atol=1e-3, rtol=1e-2),
+        "sde": api.sample(dit, decoder, [2, 7], sampler="sde", diffusion_form="SBDM", last_step="Tweedie"),
+        "guided": api.sample(dit, decoder, [2, 7], guide=guide, guidance_scale=3.0),
+    }
+    exact = drawn["adaptive"].astype(int)
+    assert np.abs(drawn["heun"] - exact).mean() <= np.abs(drawn["euler"] - exact).mean() < 4
+    assert np.abs(drawn["sde"] - exact).mean() > 4
+    assert (drawn["guided"] != drawn["euler"]).any()
+
+
 def test_the_command_and_the_api_draw_the_same_images(finished: Rae, place: str) -> None:
     batches = sorted(finished.workspace.glob("objects/samples/*/attempts/*/images/batch-*.npz"))
     stored = [np.load(path) for path in batches]
@@ -262,6 +278,12 @@ def test_what_is_wrong_is_said_to_callers_too(place: str, tmp_path: Path) -> Non
     for label in (-1, 11):
         with pytest.raises(ConfigError, match=f"no class {label}: .* knows 0 to 9"):
             api.sample(dit, decoder, labels=[3, label], num_steps=4)
+    with pytest.raises(ConfigError, match=r"rae\.sample: unknown key `atoll` \(did you mean `atol`"):
+        api.sample(dit, decoder, labels=[3], sampler="adaptive", atoll=1e-3)
+    with pytest.raises(ConfigError, match="`atol` belongs to `sampler: adaptive`"):
+        api.sample(dit, decoder, labels=[3], atol=1e-3)
+    with pytest.raises(ConfigError, match="no effect at `guidance_scale` 1"):
+        api.sample(dit, decoder, labels=[3], guide=dit)
     with pytest.raises(AttributeError, match="no attribute 'tune'"):
         api.tune  # noqa: B018
     assert set(api.__all__) <= set(dir(api))

@@ -75,6 +75,7 @@ def test_a_finished_pipeline_is_found_whole(plan: Plan) -> None:
         ("train_dit", "train_dit.batch_size=4"),
         ("sample", "sample.guidance_scale=2"),
         ("sample", "sample.classes=[1]"),
+        ("sample", "sample.sampler=sde"),
         ("evaluate", "evaluate.nearest_k=4"),
         ("evaluate", "evaluate.classifier=none"),
     ],
@@ -100,6 +101,13 @@ def test_what_changes_the_result_changes_the_id(stage: str, override: str, plan:
 def test_what_does_not_change_the_result_changes_nothing(override: str, plan: Plan) -> None:
     for name in STAGES:
         assert plan(override).find(name) == plan().find(name)
+
+
+def test_a_guide_stands_in_the_recipe_and_in_the_lineage_of_samples(plan: Plan) -> None:
+    guided = plan("sample.guidance_scale=2", "sample.guide=dit/tiny").task("sample")
+    assert guided.inputs["guide"] == guided.inputs["dit"]
+    assert guided.recipe["inputs"]["guide"] == guided.inputs["dit"].id
+    assert guided.recipe["config"] == plan("sample.guidance_scale=2").task("sample").recipe["config"]
 
 
 def test_a_decoder_does_not_follow_from_how_latents_are_stored(plan: Plan) -> None:

@@ -10,7 +10,8 @@ from rae.pipeline.config import load
 from rae.pipeline.plan import Pipeline
 from rae.pipeline.preflight import preflight
 from rae.store.artifacts import Workspace
-from rae.store.errors import ConfigError, MissingInput
+from rae.store.errors import ConfigError, MissingInput, StaleInput
+from tests.conftest import Rae
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def test_the_quickstart_passes(refused: Any) -> None:
         ("train_decoder.resize_size=4", ConfigError, "less than `encode.image_size` 8"),
         ("sample.dit=elsewhere", MissingInput, "no dit `elsewhere`"),
         ("sample.decoder=elsewhere", MissingInput, "no decoder `elsewhere`"),
+        ("sample={guide: elsewhere, guidance_scale: 1.5}", MissingInput, "no dit `elsewhere`"),
         ("train_dit.latents=elsewhere", MissingInput, "no latents `elsewhere`"),
         ("shards.val_fraction=0", MissingInput, "holds no images out"),
         ("evaluate.extractor_weights=nowhere.pth", MissingInput, "nowhere.pth"),
@@ -57,6 +59,22 @@ def test_guidance_and_classes_must_fit_the_training(refused: Any) -> None:
         refused("sample.guidance_scale=2", "train_dit.num_classes=0")
     with pytest.raises(ConfigError, match="asks for class 10"):
         refused("sample.classes=[10]", "train_dit.num_classes=10")
+
+
+def test_a_guide_must_have_been_trained_on_the_same(finished: Rae) -> None:
+    """`finished` knows a transformer of its own latents."""
+    guide = ("sample.guide=dit/tiny", "sample.guidance_scale=1.5")
+
+    def check(*overrides: str) -> None:
+        given = [*guide, *overrides]
+        preflight(Pipeline(load(str(finished.config), given), Workspace(finished.workspace), ["tiny.yaml"]))
+
+    check()
+    check("train_dit.class_dropout_prob=0", "sample.seed=1")  # a guide needs no prediction without labels
+    with pytest.raises(StaleInput, match=r"the guide `dit/tiny` .*prediction: found \"velocity\", asked \"data\""):
+        check("train_dit.prediction=data")
+    with pytest.raises(StaleInput, match="path_type"):
+        check("train_dit.path_type=GVP")
 
 
 def test_a_stage_that_is_left_out_is_not_checked(tmp_path: Path) -> None:

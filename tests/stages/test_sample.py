@@ -165,7 +165,7 @@ def test_a_run_is_guided_by_the_artifact_that_it_is_given(models: tuple[Dit, Dec
         save_dit(tmp_path / name, one.about, (one.mean, one.var), None, one.model.state_dict())
         inputs[name] = Artifact(tmp_path / name, Manifest("dit", name, {}, "", {}, {}, [], {}))
     (tmp_path / "decoder").mkdir()
-    save_decoder(tmp_path / "decoder", decoder.config, ENCODER, None, decoder.model.state_dict())
+    save_decoder(tmp_path / "decoder", decoder.model.config, ENCODER, None, decoder.model.state_dict())
     decoding = Artifact(tmp_path / "decoder", Manifest("decoder", "decoder", {}, "", {}, {}, [], {}))
     section = SampleSection(num_images=6, num_steps=5, batch_size=6, guidance_scale=2.0)
     (tmp_path / "samples").mkdir()

@@ -1,10 +1,12 @@
 """What sections refuse, and what stays out of recipes."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
 from rae.stages.models.sizes import DIT_SIZES, VIT_SIZES
-from rae.stages.sections import EncodeSection, TrainDecoderSection, TrainDitSection
+from rae.stages.sections import EncodeSection, SampleSection, TrainDecoderSection, TrainDitSection
 from rae.store.errors import ConfigError
 
 
@@ -26,6 +28,37 @@ def test_what_does_not_change_the_result_stays_out_of_the_recipe() -> None:
     assert one.in_recipe() != EncodeSection(encoder="here/dinov2", workers=1, batch_size=7).in_recipe()
     log_often = TrainDecoderSection(steps=5, log_every=1, checkpoint_every=1)
     assert log_often.in_recipe() == TrainDecoderSection(steps=5).in_recipe()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"atol": 1e-4}, "`atol` belongs to `sampler: adaptive`, not to euler"),
+        ({"sampler": "sde", "rtol": 1e-4}, "`rtol` belongs to `sampler: adaptive`"),
+        ({"sampler": "heun", "diffusion_form": "SBDM"}, "`diffusion_form` belongs to `sampler: sde`"),
+        ({"sampler": "adaptive", "last_step": None}, "`last_step` belongs to `sampler: sde`"),
+        ({"sampler": "adaptive", "num_steps": 20}, "`num_steps` belongs to"),
+        ({"sampler": "sde", "last_step": None, "last_step_size": 0.1}, "`last_step_size` is the size of a `last_step`"),
+        ({"sampler": "sde", "num_steps": 2}, "needs 3 points or more"),
+        ({"guide": "dit/early"}, "`guide` has no effect at `guidance_scale` 1"),
+        ({"guidance_interval": (0.1, 0.6)}, "`guidance_interval` has no effect"),
+        ({"guidance_scale": 2, "guidance_interval": (0.6, 0.6)}, "is empty"),
+    ],
+)
+def test_an_option_of_sampling_without_effect_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        SampleSection(**settings)
+
+
+def test_a_sampler_s_recipe_holds_its_own_options_alone() -> None:
+    shared = {"num_images", "classes", "seed", "sampler", "guidance_scale", "guidance_interval"}
+    shared |= {"weights", "batch_size", "precision"}
+    stochastic = {"num_steps", "diffusion_form", "diffusion_norm", "last_step", "last_step_size"}
+    own = {"euler": {"num_steps"}, "heun": {"num_steps"}, "adaptive": {"atol", "rtol"}, "sde": stochastic}
+    for sampler, options in own.items():
+        section = SampleSection(sampler=sampler)
+        assert set(section.in_recipe()) == shared | options
+        assert SampleSection(**section.model_dump()) == section  # with every default written out
 
 
 def test_one_and_one_point_zero_are_one_recipe() -> None:
