@@ -8,10 +8,12 @@ parts are done in any order by the workers of dask, local or a cluster's, or by 
 import logging
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, TypeVar
 
 from rae.store.errors import ConfigError, MissingInput, PartialResult, RaeError
@@ -159,9 +161,15 @@ def _workers(crew: Crew) -> Iterator["Client"]:
     if crew.scheduler is None:
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // crew.processes))
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        options = {"threads_per_worker": 1, "dashboard_address": None, "env": environment}
-        options |= {"silence_logs": logging.ERROR}
-        cluster = distributed.LocalCluster(n_workers=crew.processes, **options)
+        options = {"threads_per_worker": 1, "env": environment, "dashboard_address": "127.0.0.1:0"}
+        # Ctrl-C reaches all processes of a terminal, and it is this one that says when workers stop: what the cluster's
+        # thread starts, now or later, inherits that SIGINT is blocked.
+        resource_tracker.ensure_running()  # which would unblock it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            cluster = distributed.LocalCluster(n_workers=crew.processes, silence_logs=logging.ERROR, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         with cluster, distributed.Client(cluster) as client:
             yield client
         return
