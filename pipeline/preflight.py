@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from rae.pipeline.plan import Pipeline
 from rae.pipeline.tasks import extractor_files
-from rae.stages.models.weights import locate_lpips
+from rae.stages.models.weights import locate_dino, locate_lpips
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, TrainDecoderSection, TrainDitSection
 from rae.store.errors import ConfigError, MissingInput, RaeError, StaleInput
 from rae.store.manifest import Json, differing_fields
@@ -71,6 +71,12 @@ def _perceptual(pipeline: Pipeline) -> None:
     section = pipeline.section("train_decoder", TrainDecoderSection)
     if section.perceptual_loss == "lpips":
         locate_lpips(section.lpips_weights)
+
+
+def _discriminator(pipeline: Pipeline) -> None:
+    section = pipeline.section("train_decoder", TrainDecoderSection)
+    if section.adversarial_loss == "dino":
+        locate_dino(section.recipe, section.disc_weights)
 
 
 def _train_dit(pipeline: Pipeline) -> None:
@@ -144,7 +150,7 @@ def _extractor(pipeline: Pipeline) -> object:
 
 _CHECKS: dict[str, tuple[Callable[[Pipeline], object], ...]] = {
     "encode": (_images, _encoder),
-    "train_decoder": (_images, _encoder, _crops, _perceptual),
+    "train_decoder": (_images, _encoder, _crops, _perceptual, _discriminator),
     "train_dit": (_train_dit,),
     "sample": (_sample, _guide),
     "evaluate": (_held_out, _extractor),

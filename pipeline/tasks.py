@@ -18,6 +18,7 @@ from rae.stages.models.weights import (
     PACKAGED_ENCODER,
     EncoderFiles,
     digest_file,
+    locate_dino,
     locate_lpips,
     locate_timm,
 )
@@ -108,6 +109,8 @@ def _train_decoder(pipeline: Pipeline) -> Task:
     if section.perceptual_loss == "lpips":
         backbone = locate_lpips(section.lpips_weights)
         weights[backbone.name] = digest_file(backbone)
+    if section.adversarial_loss == "dino":
+        weights[f"dino/{section.recipe}"] = digest_file(locate_dino(section.recipe, section.disc_weights))
     config = {"train_decoder": section.in_recipe(), "encoder": pipeline.encoder()}
     recipe = _recipe("train_decoder", config, weights=weights, source=source.digests, reading=pipeline.reading())
 

@@ -36,6 +36,8 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 Location = Annotated[str | None, Runtime]  # a path, REF or hub id: recipes hold digests and ids instead
+Start = Annotated[float, Field(ge=0)]
+StartStep = Annotated[int | None, Field(ge=0)]
 Precision = Literal["float32", "bf16"]
 
 
@@ -133,6 +135,9 @@ class TrainDecoderSection(TrainingSection):
     """The ViT decoder (RAE paper, section 3): sizes, noise on its tokens, losses. ViT-B by default.
 
     `size` S, B, L or XL stands for `hidden_size`, `depth`, `num_heads` and `intermediate_size`.
+
+    Losses begin at an epoch (a fraction will do), or at the optimizer step `*_start_step` where that is given:
+    `perceptual` and `gan` are the decoder's terms, `disc` is the discriminator's own training.
     """
 
     shorthands = ("size",)
@@ -145,8 +150,30 @@ class TrainDecoderSection(TrainingSection):
     noise_tau: Annotated[float, Field(ge=0)] = 0.8
     perceptual_loss: Literal["lpips", "encoder", "none"] = "lpips"
     perceptual_weight: Annotated[float, Field(ge=0)] = 1.0
+    perceptual_start_epoch: Start = 0.0
+    perceptual_start_step: StartStep = None
     lpips_weights: Location = None
+    adversarial_loss: Literal["dino", "none"] = "dino"
+    disc_weight: Annotated[float, Field(ge=0)] = 0.75
+    max_d_weight: Annotated[float, Field(ge=0)] = 1e4
+    disc_loss: Literal["hinge", "vanilla"] = "hinge"
+    disc_start_epoch: Start = 6.0
+    disc_start_step: StartStep = None
+    gan_start_epoch: Start = 8.0
+    gan_start_step: StartStep = None
+    recipe: Literal["S_8", "S_16", "B_16"] = "S_8"
+    ks: Positive = 9
+    norm_type: Literal["bn", "gn"] = "bn"
+    using_spec_norm: bool = True
+    augment_prob: Fraction = 1.0
+    disc_weights: Location = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9978
+
+    def start_step(self, part: Literal["perceptual", "disc", "gan"], steps_per_epoch: int) -> int:
+        """The optimizer step, counted from 0, at which a loss begins."""
+        step: int | None = getattr(self, f"{part}_start_step")
+        epoch: float = getattr(self, f"{part}_start_epoch")
+        return round(epoch * steps_per_epoch) if step is None else step
 
     def check_sizes(self, image_size: int, grid: tuple[int, int]) -> None:
         """Refuse an image that is not a whole patch per token, and crops larger than what they are cut from."""
@@ -171,6 +198,12 @@ class TrainDecoderSection(TrainingSection):
         for what, divisor in (("`num_heads`", self.num_heads), ("what its positions need,", 4)):
             if self.hidden_size % divisor:
                 raise ValueError(f"`hidden_size` {self.hidden_size} is not a multiple of {what} {divisor}")
+        return self
+
+    @model_validator(mode="after")
+    def _kernel_is_centred(self) -> Self:
+        if self.ks % 2 == 0:
+            raise ValueError(f"`ks` {self.ks} must be odd: the kernel of the discriminator's heads has a middle")
         return self
 
 

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from rae.stages.images import BadImage, center_crop, decode, resized_crop
 from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens
+from rae.stages.models.discriminator import DinoDiscriminator
 from rae.stages.models.encoders import Encoder, describe, load_encoder
 from rae.stages.models.geometry import input_size_for
 from rae.stages.models.perceptual import build_perceptual
 from rae.stages.models.pixels import to_unit
 from rae.stages.models.trained import save_decoder
-from rae.stages.models.weights import EncoderSource
+from rae.stages.models.weights import EncoderSource, locate_dino
 from rae.stages.sections import EncodeSection, TrainDecoderSection
-from rae.stages.training.loop import Learner, train
+from rae.stages.training.adversarial import AdversarialLearner, augment_draws
+from rae.stages.training.loop import Learner, Trainee, train
+from rae.stages.training.optimizer import steps_per_epoch
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
 from rae.store.errors import CorruptData
@@ -30,11 +33,16 @@ from rae.store.shards import Source
 
 @dataclass(frozen=True)
 class Batch:
-    """Images [B, 3, S, S] in [0, 1], and the noise for their tokens: levels [B] in [0, 1) and draws [B, C, H, W]."""
+    """Images [B, 3, S, S] in [0, 1], and the noise for their tokens: levels [B] in [0, 1) and draws [B, C, H, W].
+
+    `step` is the optimizer step that they are for; `augment_draws` are those of an adversarial loss.
+    """
 
     images: Tensor
     level: Tensor
     noise: Tensor
+    augment_draws: Tensor
+    step: int
     keys: Sequence[str]
 
 
@@ -82,15 +90,26 @@ def run(
     crops = Crops(source, section, encode.image_size)
     torch.manual_seed(section.seed)  # initial weights
 
-    def loss(decoder: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    per_epoch = steps_per_epoch(section, len(crops))
+    perceptual_start = section.start_step("perceptual", per_epoch)
+
+    def tokens(batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            tokens = noise_tokens(encoder(batch.images), section.noise_tau, batch.level, batch.noise)
-        made = decoder(tokens)
+            clean = encoder(batch.images)
+            return clean, noise_tokens(clean, section.noise_tau, batch.level, batch.noise)
+
+    def reconstruction(made: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         pixel = (made - batch.images).abs().mean()
         if perceptual is None:
-            return pixel, {}
+            return pixel, {"l1": pixel}
+        if batch.step < perceptual_start:
+            return pixel, {"l1": pixel, "perceptual": torch.zeros_like(pixel)}
         distance = perceptual(made, batch.images).mean()
         return pixel + section.perceptual_weight * distance, {"l1": pixel, "perceptual": distance}
+
+    def loss(forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        _, noised = tokens(batch)
+        return reconstruction(forward(noised), batch)
 
     order = GlobalShuffle(len(crops))
 
@@ -100,21 +119,39 @@ def run(
         images = to_unit(crops.batch(rows, epoch), device)
         level = uniform(section.seed, "noise_level", epoch, rows, device)
         noise = normal((encoder.token_dim, *encoder.grid), section.seed, "noise", epoch, rows, device)
-        return Batch(images, level, noise, [source.keys[row] for row in rows])
+        draws = augment_draws(section.seed, epoch, rows)
+        return Batch(images, level, noise, draws, epoch * per_epoch + step, [source.keys[row] for row in rows])
 
     decoder = ViTDecoder(config)
     decoder.grad_checkpoint = section.grad_checkpoint
-    learner = Learner(decoder, loss, section, rows=len(crops), ranks=ranks, device=device)
+    learner: Trainee[Batch]
+    if section.adversarial_loss == "dino":
+        discriminator = build_discriminator(section)
+        learner = AdversarialLearner(
+            decoder, discriminator, tokens, reconstruction, section, rows=len(crops), ranks=ranks, device=device
+        )
+    else:
+        learner = Learner(decoder, loss, section, rows=len(crops), ranks=ranks, device=device)
     metrics = train(learner, batch, section=section, rows=len(crops), job=job, ranks=ranks)
     if not ranks.is_main:
         return NOTHING
     model, ema = learner.model.state_dict(), learner.ema.model.state_dict()
     files_made, content = save_decoder(job.folder, config, describe(encoder), model, ema)
     parameters = sum(parameter.numel() for parameter in learner.model.parameters())
-    described = {"perceptual_loss": perceptual.description if perceptual is not None else "none"}
+    described = {
+        "perceptual_loss": perceptual.description if perceptual is not None else "none",
+        "adversarial_loss": f"DINO {section.recipe}" if section.adversarial_loss == "dino" else "none",
+    }
     return Result(
         content, {"parameters": parameters, **described, **metrics}, (*files_made, job.folder / "metrics.jsonl")
     )
+
+
+def build_discriminator(section: TrainDecoderSection) -> DinoDiscriminator:
+    """The discriminator with DINO's weights and new heads; raises `MissingInput` or `CorruptData` for its file."""
+    discriminator = DinoDiscriminator(section.recipe, section.ks, section.norm_type, section.using_spec_norm)
+    discriminator.load_backbone(locate_dino(section.recipe, section.disc_weights))
+    return discriminator
 
 
 def describe_decoder(section: TrainDecoderSection, encode: EncodeSection, encoder: Encoder) -> DecoderConfig:

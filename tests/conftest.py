@@ -39,6 +39,7 @@ TINY: dict[str, dict[str, Any]] = {
         "num_heads": 2,
         "intermediate_size": 64,
         "perceptual_loss": "none",
+        "adversarial_loss": "none",
         "checkpoint_every": 2,
     },
     "train_dit": {

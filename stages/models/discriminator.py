@@ -41,8 +41,8 @@ class DinoDiscriminator(nn.Module):
     iteration, so put them in eval mode for the generator's loss.
     """
 
-    mean: Tensor
-    std: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(
         self, recipe: str = "S_8", ks: int = 9, norm_type: NormType = "bn", using_spec_norm: bool = True
@@ -55,8 +55,9 @@ class DinoDiscriminator(nn.Module):
         self.backbone.requires_grad_(False)
         D = BACKBONES[recipe]["embed_dim"]
         self.heads = nn.ModuleList(_head(D, ks, norm_type, using_spec_norm) for _ in HEAD_BLOCKS)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).reshape(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1), persistent=False)
+        mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
 
     def load_backbone(self, path: str | Path) -> None:
         """Loads DINO's weights (`dino_vit_small_patch8_224.pth`).
@@ -78,7 +79,7 @@ class DinoDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] of any S, resized -> [B, 5 * N], head after head."""
         resized = F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", align_corners=False)
-        normalised = ((resized + 1) / 2 - self.mean) / self.std
+        normalised = self.scale * resized + self.shift
         blocks = sorted(set(HEAD_BLOCKS))
         outputs: Any = self.backbone.forward_intermediates(
             normalised, indices=blocks, norm=False, output_fmt="NLC", intermediates_only=True
@@ -99,8 +100,27 @@ class ScaledResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape that `fn` keeps -> the same."""
-        grown: Tensor = (x + self.fn(x)) / math.sqrt(2)
+        grown: Tensor = (x + self.fn(x)) * (1 / math.sqrt(2))
         return grown
+
+
+class TokenNorm(nn.Module):
+    """[B, D, N] -> every channel of every image with mean 0 and variance 1 over its tokens, then affine.
+
+    Batch norm over a virtual batch of one image: instance norm, rounded as the official release rounds.
+    """
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D, N] -> the same, float32."""
+        x = x.float()
+        mean, var = x.mean(dim=2, keepdim=True), x.var(dim=2, keepdim=True, unbiased=False)
+        return (x - mean) / torch.sqrt(var + self.eps) * self.weight[:, None] + self.bias[:, None]
 
 
 def _head(D: int, ks: int, norm_type: NormType, using_spec_norm: bool) -> nn.Sequential:
@@ -111,8 +131,7 @@ def _head(D: int, ks: int, norm_type: NormType, using_spec_norm: bool) -> nn.Seq
         return spectral_norm(layer) if using_spec_norm else layer
 
     def block(kernel_size: int) -> nn.Sequential:
-        # Batch norm over a virtual batch of one image is instance norm.
-        norm = nn.InstanceNorm1d(D, eps=1e-6, affine=True) if norm_type == "bn" else nn.GroupNorm(32, D, eps=1e-6)
+        norm = TokenNorm(D, eps=1e-6) if norm_type == "bn" else nn.GroupNorm(32, D, eps=1e-6)
         return nn.Sequential(convolution(D, kernel_size), norm, nn.LeakyReLU(0.2))
 
     return nn.Sequential(block(1), ScaledResidual(block(ks)), convolution(1, 1))

@@ -19,6 +19,12 @@ from rae.store.manifest import canonical
 
 PACKAGED_ENCODER = "efficientnet-lite0"
 VGG_FILE = "vgg16-397923af.pth"
+# By recipe of the discriminator: the file as timm and the official release name it, and as DINO's torch hub does.
+DINO_FILES = {
+    "S_8": ("dino_vit_small_patch8_224.pth", "dino_deitsmall8_pretrain.pth"),
+    "S_16": ("dino_vit_small_patch16_224.pth", "dino_deitsmall16_pretrain.pth"),
+    "B_16": ("dino_vit_base_patch16_224.pth", "dino_vitbase16_pretrain.pth"),
+}
 # The package's weights are Google's, converted; timm calls that architecture so.
 PACKAGED_ARCHITECTURE = "tf_efficientnet_lite0"
 
@@ -165,14 +171,45 @@ def locate_lpips(weights: str | None = None) -> Path:
         MissingInput: it is not there.
         CorruptData: it is not the file that its name says.
     """
-    cache = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torch"
-    path = Path(weights) if weights else Path(cache) / "hub" / "checkpoints" / VGG_FILE
-    path = path.expanduser()
-    if not path.is_file():
+    path, place = _named_or_cached(weights, (VGG_FILE,))
+    if path is None:
         raise MissingInput(
-            f"LPIPS needs torchvision's VGG-16 weights, {VGG_FILE}, and {path} is not there: put the file there, name"
+            f"LPIPS needs torchvision's VGG-16 weights, {VGG_FILE}, and {place} is not there: put the file there, name"
             " it with `train_decoder.lpips_weights`, or choose the distance of the encoder's own features",
             "rae train-decoder CONFIG -s train_decoder.perceptual_loss=encoder",
         )
-    check_hub_name(path)
     return path
+
+
+def locate_dino(recipe: str, weights: str | None = None) -> Path:
+    """The file with DINO's ViT, on which the discriminator `recipe` rests: `weights`, or one in torch hub's cache.
+
+    Raises:
+        MissingInput: it is not there.
+        CorruptData: it is not the file that its name says.
+    """
+    names = DINO_FILES[recipe]
+    path, place = _named_or_cached(weights, names)
+    if path is None:
+        also = " or ".join(names[1:])
+        raise MissingInput(
+            f"the adversarial loss needs DINO's weights for the discriminator {recipe}, {names[0]} ({also} is the"
+            f" same), and {place} is not there: put the file there, name it with `train_decoder.disc_weights`, or train"
+            " without an adversarial loss",
+            "rae train-decoder CONFIG -s train_decoder.adversarial_loss=none",
+        )
+    return path
+
+
+def _named_or_cached(weights: str | None, names: tuple[str, ...]) -> tuple[Path | None, Path]:
+    """The file `weights`, or the first of `names` in torch hub's cache; None where it is missing, and its place.
+
+    A name with a digest in it is held to that.
+    """
+    cache = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torch"
+    folder = Path(cache).expanduser() / "hub" / "checkpoints"
+    places = [Path(weights).expanduser()] if weights else [folder / name for name in names]
+    found = next((place for place in places if place.is_file()), None)
+    if found is not None:
+        check_hub_name(found)
+    return found, places[0]

@@ -126,13 +126,14 @@ class Learner(Trainee[B]):
         """Descend the loss of one batch; as of every `Trainee`."""
         self.optimizer.zero_grad()
         with self.autocast():
-            loss, numbers = self.loss(self.forward, batch)
+            loss, parts = self.loss(self.forward, batch)
+        numbers = {name: part.detach() for name, part in parts.items()}
         # Read before the backward pass is queued: here a GPU waits for its next command only.
         value = finite("loss", loss.item(), batch, step, self.ranks, numbers)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = descend(self.optimizer, self.model, self.rate(step), self.section.clip_grad)
         self.ema.update(self.model)
-        return {"loss": value, **{name: number.detach() for name, number in numbers.items()}, "grad_norm": norm}
+        return {"loss": value, **numbers, "grad_norm": norm}
 
 
 def finite(

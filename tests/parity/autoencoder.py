@@ -1,12 +1,14 @@
 """Encoders' tokens and the ViT decoder's images."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from parity.fixture import below, close, read
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder, sincos_positions, unwhiten, whiten
+from rae.stages.models.discriminator import IMAGENET_MEAN, IMAGENET_STD
 from rae.stages.models.encoders import encoder_geometry, load_encoder
 from rae.stages.models.weights import locate_encoder
 from rae.store.stats import EPSILON
@@ -22,11 +24,11 @@ def check_encoder(folder: Path) -> None:
     assert encoder_geometry(files, input_size) == (tokens.shape[1], tuple(tokens.shape[2:]))
 
 
-def check_decoder(path: Path) -> None:
-    about, tensors = read(path)
+def decoder_from_official(about: Mapping[str, str]) -> DecoderConfig:
+    """A fixture's decoder; without the encoder's mean and std in it, those of ImageNet."""
     official = json.loads(about["config"])
     assert official.get("hidden_act", "gelu") == "gelu"
-    config = DecoderConfig(
+    return DecoderConfig(
         token_dim=official["latent_dim"],
         grid=official["grid"],
         hidden_size=official["decoder_hidden_size"],
@@ -34,10 +36,15 @@ def check_decoder(path: Path) -> None:
         num_heads=official["decoder_num_attention_heads"],
         intermediate_size=official["decoder_intermediate_size"],
         patch_size=official["patch_size"],
-        image_mean=tuple(json.loads(about["image_mean"])),
-        image_std=tuple(json.loads(about["image_std"])),
+        image_mean=tuple(json.loads(about["image_mean"])) if "image_mean" in about else IMAGENET_MEAN,
+        image_std=tuple(json.loads(about["image_std"])) if "image_std" in about else IMAGENET_STD,
         layer_norm_eps=official["layer_norm_eps"],
     )
+
+
+def check_decoder(path: Path) -> None:
+    about, tensors = read(path)
+    config = decoder_from_official(about)
     decoder, weights = ViTDecoder(config), below(tensors, "weight/")
     decoder.load_state_dict(weights, strict=True)
     positions = sincos_positions(config.hidden_size, config.grid)

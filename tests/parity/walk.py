@@ -5,6 +5,7 @@ from pathlib import Path
 
 from parity.autoencoder import check_decoder, check_encoder
 from parity.center_crop import check_center_crop
+from parity.decoder_training import check_decoder_training
 from parity.discriminator import check_discriminator
 from parity.dit import check_dit
 from parity.dit_training import check_dit_training
@@ -18,6 +19,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
     "LightningDiT": check_dit,
     "dit_training": check_dit_training,
     "decoder": check_decoder,
+    "decoder_training": check_decoder_training,
     "encoder": check_encoder,
     "discriminator": check_discriminator,
     "transport": check_transport,
