@@ -26,3 +26,23 @@ def official_command(
     made = export_official(ref, out, Workspace(workspace), console)
     if as_json:
         console.print_json(made)
+
+
+@export_app.command("diffusers")
+def diffusers_command(
+    ref: Ref,
+    out: Annotated[Path, typer.Argument(help="The folder to write into.")],
+    encoder: Annotated[str | None, typer.Option(help="Hub id or folder; by default what the decoder says.")] = None,
+    stats: Annotated[str | None, typer.Option(help="REF of latents or a dit whose statistics go in.")] = None,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a decoder with its encoder as diffusers' AutoencoderRAE loads it: EMA weights, statistics."""
+    from rae.pipeline.export_diffusers import export_diffusers
+    from rae.store.artifacts import Workspace
+
+    console = options_for(as_json, quiet).console
+    made = export_diffusers(ref, out, encoder, stats, Workspace(workspace), console)
+    if as_json:
+        console.print_json(made)

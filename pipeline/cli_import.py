@@ -39,9 +39,10 @@ def official_command(
 
 @import_app.command("diffusers")
 def diffusers_command(
-    model: Annotated[str, typer.Argument(help="The folder or hub id of an AutoencoderKL of diffusers.")],
+    model: Annotated[str, typer.Argument(help="The folder or hub id of an AutoencoderRAE or AutoencoderKL.")],
     name: Annotated[str, typer.Option(help="What decoder/NAME will mean.")],
-    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; by default the model's sample_size.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="KL: pixels; by default its sample_size.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="RAE: hub id or folder of the encoder that is inside.")] = None,
     allow_download: Annotated[
         bool, typer.Option("--allow-download", help="Fetch from the hub what is missing.")
     ] = False,
@@ -50,12 +51,13 @@ def diffusers_command(
     quiet: Quiet = False,
     restart: Restart = False,
 ) -> None:
-    """Import the decoder of an AutoencoderKL, for samples and scores of the baseline: `sample.decoder: NAME`."""
-    from rae.pipeline.import_diffusers import import_diffusers
+    """Import the decoder of an AutoencoderRAE, or of an AutoencoderKL, the baseline: `sample.decoder: NAME`."""
+    from rae.pipeline.import_diffusers import Diffusers, import_diffusers
     from rae.store.artifacts import Workspace
 
     options = options_for(as_json, quiet, restart, device="cpu")
-    made = import_diffusers(model, name, image_size, allow_download, Workspace(workspace), options)
+    asked = Diffusers(model, name, image_size, encoder, allow_download)
+    made = import_diffusers(asked, Workspace(workspace), options)
     if as_json:
         options.console.print_json(made.to_json())
 

@@ -9,9 +9,7 @@ A decoder and a transformer exported into one folder are what config.yaml sample
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rae.pipeline.console import Console
+from rae.pipeline.exports import exported
 from rae.pipeline.official_yaml import DIT_MODELS, FIXED_DIT, SHIFT_BASE, TRANSPORT_KEYS
 from rae.store.artifacts import Artifact, Workspace
-from rae.store.errors import ConfigError, StaleInput
+from rae.store.errors import ConfigError
 from rae.store.manifest import Json
 
 if TYPE_CHECKING:
@@ -51,16 +50,9 @@ def export_official(ref: str, out: Path, workspace: Workspace, console: Console)
     if artifact.kind not in ("decoder", "dit"):
         raise ConfigError(f"`{ref}` is of kind {artifact.kind}; the release has files for decoders and dits")
     files = _decoder_files(artifact) if artifact.kind == "decoder" else _dit_files(artifact, out)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".exporting-") as partial:
+    with exported(out, console) as partial:
         for name, write in files.items():
-            write(Path(partial, name))
-        for name in files:
-            if (out / name).exists() and (out / name).read_bytes() != Path(partial, name).read_bytes():
-                raise StaleInput(f"{out / name} is there already, and is another: export into another folder")
-        for name in files:
-            os.replace(Path(partial, name), out / name)
-            console.say(f"wrote {out / name}")
+            write(partial / name)
     if "stat.pt" not in files:
         console.say(
             f"{artifact.kind}/{artifact.id} has no latent statistics beside it: stat.pt comes with the transformer"

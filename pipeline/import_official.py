@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rae.pipeline.imports import import_artifact
+from rae.pipeline.imports import import_artifact, say_encoder
 from rae.pipeline.official_yaml import decoder_heads, dit_settings, encoder_name, part, read_mapping, transport_settings
 from rae.pipeline.plan import Stage
 from rae.pipeline.runner import Options, Outcome
@@ -84,7 +84,7 @@ def _import_decoder(
     encoder = official.describe_encoder(channels, side)
     config = infer_decoder(checkpoint, encoder, *(decoder_heads(official.given, str(official.config)) or ()))
     stats = read_stats(official.stats, (channels, side, side)) if official.stats else None
-    _say_encoder(encoder, options)
+    say_encoder(encoder, options)
 
     def write(job: Job) -> Result:
         files, content = save_decoder(job.folder, config, encoder, None, checkpoint.state, stats)
@@ -117,7 +117,7 @@ def _import_dit(
     transport = defaults | {"time_dist_shift": auto_shift(*shape)} | transport_settings(given)
     create_transport(**transport)  # refuses what does not exist
     about = DitDescription(infer_dit(checkpoint, known), transport, encoder)
-    _say_encoder(encoder, options)
+    say_encoder(encoder, options)
 
     def write(job: Job) -> Result:
         files, content = save_dit(job.folder, about, stats, None, checkpoint.state)
@@ -126,16 +126,6 @@ def _import_dit(
     settings = {**about.to_json(), "weights": checkpoint.weights}
     stage = Stage("import official", "dit", version=1)
     return import_artifact(workspace, stage, name, settings, official.files, write, options)
-
-
-def _say_encoder(encoder: Json, options: Options) -> None:
-    if encoder["digest"] is None:
-        options.console.say(
-            f"encoder: `{encoder['name']}`, taken at its word: its files are not on this machine, so that nothing"
-            " compares their digest (--encoder names another)"
-        )
-    else:
-        options.console.say(f"encoder: `{encoder['name']}`, sha256 {encoder['digest'][:16]}...")
 
 
 def _import_backbone(official: Official, checkpoint: "Checkpoint", options: Options) -> Json:

@@ -43,3 +43,14 @@ def import_artifact(
             raise
 
     return runner.make(workspace, name, Task(stage, recipe, {}, run), options)
+
+
+def say_encoder(encoder: Json, options: Options) -> None:
+    """Tell which encoder an imported model is for, and whether anything but a name says so."""
+    if encoder["digest"] is None:
+        options.console.say(
+            f"encoder: `{encoder['name']}`, taken at its word: its files are not on this machine, so that nothing"
+            " compares their digest (--encoder names another)"
+        )
+    else:
+        options.console.say(f"encoder: `{encoder['name']}`, sha256 {encoder['digest'][:16]}...")

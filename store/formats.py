@@ -67,10 +67,11 @@ def encode(dtype: Dtype, latents: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], .
         return (stored,) if all_finite(stored) else None
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(latents, dtype="<f4")
-    if not all_finite(values):
-        return None
-    if dtype == "int8":
-        return _quantise(values)
+        if not all_finite(values):
+            return None
+        if dtype == "int8":
+            codes, scales = _quantise(values)
+            return (codes, scales) if all_finite(scales * np.float32(CODES)) else None
     bits = values.view("<u4")
     rounded = ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype("<u2")  # to nearest, halves to even
     return (rounded,) if bool(((rounded & 0x7F80) != 0x7F80).all()) else None
@@ -93,12 +94,13 @@ def _quantise(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[A
 def decode(dtype: Dtype, stored: tuple[npt.NDArray[Any], ...]) -> npt.NDArray[Any]:
     """The latents that stored arrays stand for: float16 for float16, float32 for every other format."""
     if dtype == "bfloat16":
-        return (stored[0].astype("<u4") << 16).view("<f4")
+        bits = stored[0].astype("<u4")
+        bits <<= 16
+        return bits.view("<f4")
     if dtype == "int8":
         codes, scales = stored
-        values = codes.astype("<f4")
-        values *= scales
-        return values
+        latents: npt.NDArray[np.float32] = np.multiply(codes, scales, dtype=np.float32)
+        return latents
     return stored[0]
 
 

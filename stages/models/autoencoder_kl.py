@@ -54,7 +54,7 @@ class KlDecoder(nn.Module):
     def from_config(cls, config: Json, image_size: int) -> Self:
         """With weights yet to be loaded; `config` is diffusers'. Raises `MissingInput` if that is not installed."""
         with torch.random.fork_rng(devices=[]):  # building draws weights that are overwritten; the caller's draws stay
-            return cls(_diffusers().AutoencoderKL.from_config(config), image_size)
+            return cls(load_diffusers("AutoencoderKL").AutoencoderKL.from_config(config), image_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Raw latents [B, C, H, W] -> images [B, 3, S, S]."""
@@ -70,7 +70,7 @@ def load_autoencoder_kl(files: EncoderFiles) -> Any:
         CorruptData: weights that cannot be read, are missing, unknown or of another shape.
     """
     folder = files.folder_or_file
-    model_class: Any = _diffusers().AutoencoderKL
+    model_class: Any = load_diffusers("AutoencoderKL").AutoencoderKL
     try:
         model, report = model_class.from_pretrained(
             folder,
@@ -93,12 +93,13 @@ def _safetensors(files: tuple[Path, ...]) -> bool:
     return not any(path.suffix == ".bin" for path in files)  # .bin is read with weights_only=True
 
 
-def _diffusers() -> Any:
+def load_diffusers(what: str) -> Any:
+    """The package diffusers, for its class `what`; `MissingInput` if it is not installed."""
     try:
         import diffusers  # optional, and seconds to load
     except ModuleNotFoundError as error:
         raise MissingInput(
-            "diffusers' AutoencoderKL needs the package diffusers, which is not installed",
+            f"diffusers' {what} needs the package diffusers, which is not installed",
             'pip install "rae-pipeline[diffusers]"',
         ) from error
     return diffusers

@@ -118,9 +118,9 @@ def noise_tokens(tokens: Tensor, tau: float, uniform: Tensor, normal: Tensor) ->
     return tokens + sigma * normal
 
 
-def sincos_positions(dim: int, grid: int) -> Tensor:
+def sincos_positions(dim: int, grid: int, spacing: float = 1.0) -> Tensor:
     """The fixed position table of ViT-MAE [1, 1 + grid * grid, dim]: zeros for the class token, then the grid's."""
-    return torch.cat([torch.zeros(1, 1, dim), layers.sincos_positions(dim, grid)], dim=1)
+    return torch.cat([torch.zeros(1, 1, dim), layers.sincos_positions(dim, grid, spacing)], dim=1)
 
 
 class DecoderAttention(nn.Module):

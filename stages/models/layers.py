@@ -203,14 +203,15 @@ class LabelEmbed(nn.Module):
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
 
-def sincos_positions(width: int, grid: int) -> Tensor:
+def sincos_positions(width: int, grid: int, spacing: float = 1.0) -> Tensor:
     """Fixed positions (Transformer, section 3.5, along two axes), [1, grid^2, width]: columns, then rows.
 
-    Each half is the sines of all its frequencies, then the cosines. `width` must be a multiple of 4.
+    Each half is the sines of all its frequencies, then the cosines. `width` must be a multiple of 4. Neighbours lie
+    `spacing` apart.
     """
     quarter = width // 4
     frequency = POSITION_BASE ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    angle = spacing * torch.arange(grid, dtype=torch.float64)[:, None] * frequency
     axis = torch.cat([angle.sin(), angle.cos()], dim=-1)
     columns = axis[None, :, :].expand(grid, grid, -1)
     rows = axis[:, None, :].expand(grid, grid, -1)

@@ -20,6 +20,12 @@ RELEASED_ENCODERS: dict[str, tuple[EncoderKind, int, int, tuple[Triple, Triple]]
 }
 
 
+def released_name(kind: EncoderKind, token_dim: int, patch_size: int) -> str | None:
+    """The hub id of the released models' encoder of this family and these sizes; None if it is another."""
+    asked = (kind, token_dim, patch_size)
+    return next((name for name, known in RELEASED_ENCODERS.items() if known[:3] == asked), None)
+
+
 def describe_encoder(encoder: str, token_dim: int, grid: int) -> Json:
     """The description of the encoder that makes `token_dim` x `grid` x `grid` tokens, as `encoders.describe` gives it.
 

@@ -1,6 +1,6 @@
 """A disk that fills up at any moment: exit 6, the command that goes on, and the same result after some is freed.
 
-Two moments of each kind by default, 25 with RAE_FAULTS=all.
+Three moments of each kind by default, 30 with RAE_FAULTS=all.
 """
 
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import FullDisk, Rae
 
-MOMENTS = 25 if os.environ.get("RAE_FAULTS") == "all" else 2
+MOMENTS = 30 if os.environ.get("RAE_FAULTS") == "all" else 3
 NEEDS = {
     "shards": (),
     "encode": ("shards",),

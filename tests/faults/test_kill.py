@@ -1,6 +1,6 @@
 """Processes that are killed at any moment, and processes that do the same work at once: the result is the same.
 
-Three kills of each kind by default, 25 with RAE_FAULTS=all.
+Three kills or meetings of each kind by default; with RAE_FAULTS=all, 30 kills, 10 meetings.
 """
 
 import os
@@ -13,7 +13,8 @@ import pytest
 
 from tests.conftest import Rae, Warm
 
-KILLS = 25 if os.environ.get("RAE_FAULTS") == "all" else 3
+ALL = os.environ.get("RAE_FAULTS") == "all"
+KILLS, MEETINGS, CREW_KILLS = (30, 10, 10) if ALL else (3, 3, 1)
 # Each verb with what it needs, what it makes, and settings that make it last.
 WORK = {
     "encode": (("shards",), "latents", ()),
@@ -65,20 +66,38 @@ def test_work_that_is_killed_again_and_again_goes_on(rae_with: Callable[..., Rae
     assert rae.payload(makes) == expected
 
 
+def test_local_processes_killed_with_the_one_that_started_them(
+    finished: Rae, rae_with: Callable[..., Rae], warm: Warm
+) -> None:
+    """Whoever goes on, alone here, begins with what they have recorded."""
+    chance = random.Random("kill a crew")
+    for _ in range(CREW_KILLS):
+        rae = rae_with("shards")
+        running = warm.start(rae.words("encode", "--processes", 2))
+        while not any(rae.workspace.glob("objects/latents/*/parts/*.json")):
+            time.sleep(0.01)
+        time.sleep(chance.random() * 0.2)
+        running.signal(signal.SIGKILL)
+        running.wait()
+        warm.start(rae.words("encode")).wait().succeeded()
+        assert rae.payload("latents") == finished.payload("latents")
+
+
 @pytest.mark.parametrize("verb", ["encode", "train-dit", "run"])
 def test_two_at_once_make_one_correct_artifact(
     verb: str, finished: Rae, rae_with: Callable[..., Rae], warm: Warm
 ) -> None:
-    rae = rae_with(*({"encode": ["shards"], "train-dit": ["shards", "latents"], "run": []}[verb]))
-    both = [warm.start(rae.words(verb)) for _ in range(2)]
-    for one in both:
-        one.wait().succeeded()
-    makes = {"encode": ["latents"], "train-dit": ["dit"], "run": ["shards", "latents", "decoder", "dit", "samples"]}
-    for kind in makes[verb]:
-        assert rae.payload(kind) == finished.payload(kind)
-        assert rae.content(kind) == finished.content(kind)
-        assert len(list((rae.workspace / "objects" / kind).iterdir())) == 1
-    assert not list(rae.workspace.glob("objects/latents/**/.*.partial"))
+    for _ in range(MEETINGS if verb == "encode" else 1):
+        rae = rae_with(*({"encode": ["shards"], "train-dit": ["shards", "latents"], "run": []}[verb]))
+        both = [warm.start(rae.words(verb)) for _ in range(2)]
+        for one in both:
+            one.wait().succeeded()
+        makes = {"encode": ["latents"], "train-dit": ["dit"], "run": ["shards", "latents", "decoder", "dit", "samples"]}
+        for kind in makes[verb]:
+            assert rae.payload(kind) == finished.payload(kind)
+            assert rae.content(kind) == finished.content(kind)
+            assert len(list((rae.workspace / "objects" / kind).iterdir())) == 1
+        assert not list(rae.workspace.glob("objects/latents/**/.*.partial"))
 
 
 def test_two_at_once_finish_what_a_killed_one_left(finished: Rae, rae_with: Callable[..., Rae], warm: Warm) -> None:
