@@ -91,15 +91,21 @@ def _quantise(values: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[A
     return np.rint(codes, out=codes).clip(-CODES, CODES).astype(np.int8), scales
 
 
-def decode(dtype: Dtype, stored: tuple[npt.NDArray[Any], ...]) -> npt.NDArray[Any]:
-    """The latents that stored arrays stand for: float16 for float16, float32 for every other format."""
+def decode(
+    dtype: Dtype, stored: tuple[npt.NDArray[Any], ...], out: npt.NDArray[np.float32] | None = None
+) -> npt.NDArray[Any]:
+    """The latents that stored arrays stand for: float16 for float16, float32 for every other format.
+
+    Only bfloat16 and int8 are worked out, into `out` if it is given; the others are what is stored.
+    """
     if dtype == "bfloat16":
-        bits = stored[0].astype("<u4")
-        bits <<= 16
+        bits: npt.NDArray[np.uint32] = np.left_shift(
+            stored[0], 16, out=out if out is None else out.view("<u4"), dtype="<u4"
+        )
         return bits.view("<f4")
     if dtype == "int8":
         codes, scales = stored
-        latents: npt.NDArray[np.float32] = np.multiply(codes, scales, dtype=np.float32)
+        latents: npt.NDArray[np.float32] = np.multiply(codes, scales, out=out, dtype=np.float32)
         return latents
     return stored[0]
 

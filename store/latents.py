@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from rae.store.buffers import Buffers
-from rae.store.compression import Compressor, decompress
+from rae.store.compression import decompress
 from rae.store.errors import ConfigError, CorruptData, MissingInput
 from rae.store.formats import StoredArray
 from rae.store.latents_index import (
@@ -170,24 +170,36 @@ class LatentStore:
         chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), parts.shape)
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.views:
             raise IndexError(f"a store of {self.views} view(s) was asked for views {chosen.min()} to {chosen.max()}")
-        stored = [self._gather(array, parts, places, chosen) for array in self.layout.arrays]
-        return self.layout.decode(tuple(stored))
+        arrays = self.layout.arrays
+        chunks = [self._buffers.take((parts.size, self.layout.chunk_bytes(array)), np.uint8) for array in arrays]
+        stored = [
+            chunk.view(array.dtype).reshape(-1, *self.layout.chunk_shape(array))
+            for chunk, array in zip(chunks, arrays, strict=True)
+        ]
+        decoded = self._buffers.take((parts.size, *self.shape), np.float32) if self.layout.is_decoded else None
 
-    def _gather(self, array: StoredArray, parts: IntArray, places: IntArray, views: IntArray) -> Latents:
-        """What one of the arrays holds of latents, [B, ...] in its stored dtype."""
-        shape, compressor = (parts.size, self.layout.chunk_bytes(array)), self.layout.compressor
-        gathered = self._buffers.take(shape, np.uint8)
-
-        def fill(some: range) -> None:
+        def read(some: range) -> None:
             for one in some:
-                shard, place, view = self._shard(int(parts[one]), array), int(places[one]), int(views[one])
-                if compressor == "none":
-                    shard.read(place, view, gathered[one])
-                else:
-                    _decompress(compressor, shard, place, view, gathered[one].view(array.dtype), array.fill)
+                for array, chunk in zip(arrays, chunks, strict=True):
+                    self._read(array, int(parts[one]), int(places[one]), int(chosen[one]), chunk[one])
+                if decoded is not None:
+                    self.layout.decode(tuple(each[one] for each in stored), decoded[one])
 
-        sliced(fill, parts.size, gathered.nbytes)
-        return gathered.view(array.dtype).reshape(-1, *self.layout.chunk_shape(array))
+        sliced(read, parts.size, sum(chunk.nbytes for chunk in chunks))
+        return stored[0] if decoded is None else decoded
+
+    def _read(self, array: StoredArray, part: int, place: int, view: int, out: npt.NDArray[np.uint8]) -> None:
+        """Fill `out` with the bytes that one of the arrays holds of a latent, decompressed."""
+        shard, compressor = self._shard(part, array), self.layout.compressor
+        if compressor == "none":
+            shard.read(place, view, out)
+            return
+        numbers = out.view(array.dtype)
+        numbers.fill(array.fill)  # nothing that a damaged chunk leaves out may look like numbers
+        try:
+            decompress(compressor, shard.chunk(place, view), numbers)
+        except ValueError as error:
+            raise CorruptData(f"row {place} of {shard.path} cannot be decompressed: {error}") from error
 
     def batches(
         self,
@@ -280,14 +292,6 @@ def _open_shard(
     if shard.valid_rows.size != rows[part]:
         raise CorruptData(f"{shard.path} holds {shard.valid_rows.size} rows and is listed with {rows[part]}")
     return shard
-
-
-def _decompress(compressor: Compressor, shard: Shard, place: int, view: int, out: Latents, fill: float | int) -> None:
-    out.fill(fill)  # nothing that a damaged chunk leaves out may look like numbers
-    try:
-        decompress(compressor, shard.chunk(place, view), out)
-    except ValueError as error:
-        raise CorruptData(f"row {place} of {shard.path} cannot be decompressed: {error}") from error
 
 
 def _open_files() -> int:

@@ -114,9 +114,14 @@ class LatentLayout:
         """What is stored of float latents [..., C, H, W], per array; None if they are not finite in this format."""
         return formats.encode(self.dtype, latents)
 
-    def decode(self, stored: tuple[npt.NDArray[Any], ...]) -> npt.NDArray[Any]:
-        """The latents [..., C, H, W] that stored arrays stand for: float16 for float16, else float32."""
-        return formats.decode(self.dtype, stored)
+    def decode(self, stored: tuple[npt.NDArray[Any], ...], out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
+        """The latents [..., C, H, W] that stored arrays stand for; see `rae.store.formats.decode`."""
+        return formats.decode(self.dtype, stored, out)
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether latents are worked out from what is stored, rather than being it."""
+        return self.dtype in ("bfloat16", "int8")
 
     def shard_key(self, number: int, array: str = "latents") -> str:
         """Path of a part's Zarr shard below the store's folder."""
