@@ -34,6 +34,7 @@ def test_the_quickstart_passes(refused: Any) -> None:
     [
         ("train_dit.hidden_size=[128, 64]", ConfigError, "Theorem 1"),
         ("train_decoder.perceptual_loss=lpips", MissingInput, "vgg16-397923af.pth"),
+        ("train_decoder.adversarial_loss=dino", MissingInput, "dino_vit_small_patch8_224.pth"),
         ("encode.image_size=10", ConfigError, "not a multiple of the encoder's 4x4 grid"),
         ("train_decoder.resize_size=4", ConfigError, "less than `encode.image_size` 8"),
         ("sample.dit=elsewhere", MissingInput, "no dit `elsewhere`"),

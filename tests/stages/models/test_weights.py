@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rae.stages.models.geometry import encoder_geometry, folder_preprocessing
-from rae.stages.models.weights import digest_file, locate_encoder, locate_lpips
+from rae.stages.models.weights import digest_file, locate_dino, locate_encoder, locate_lpips
 from rae.store.errors import ConfigError, CorruptData, MissingInput
 
 DINOV2 = {"model_type": "dinov2_with_registers", "hidden_size": 48, "patch_size": 14, "image_size": 518}
@@ -35,7 +36,7 @@ def test_nothing_here_loads_torch() -> None:
     program = """
 import sys
 from rae.stages.models.geometry import encoder_geometry
-from rae.stages.models.weights import locate_encoder
+from rae.stages.models.weights import locate_dino, locate_encoder
 locate_encoder("efficientnet-lite0")
 assert not {"torch", "transformers", "timm"} & set(sys.modules), "loaded a heavy library"
 """
@@ -182,7 +183,7 @@ def test_hub_id_is_answered_from_the_cache(tmp_path: Path, monkeypatch: pytest.M
 
 def test_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     program = """
-from rae.stages.models.weights import locate_encoder
+from rae.stages.models.weights import locate_dino, locate_encoder
 from rae.store.errors import MissingInput
 try:
     locate_encoder("some/encoder", allow_download=True)
@@ -218,6 +219,23 @@ def test_lpips_weights_are_never_fetched(tmp_path: Path, monkeypatch: pytest.Mon
     other = tmp_path / "mine.pth"
     other.write_bytes(b"converted")
     assert locate_lpips(str(other)) == other
+
+
+def test_dino_weights_are_named_in_full_and_never_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    for recipe, name in (("S_8", "dino_vit_small_patch8_224.pth"), ("B_16", "dino_vit_base_patch16_224.pth")):
+        with pytest.raises(MissingInput, match=re.escape(str(cache / name))) as caught:
+            locate_dino(recipe)
+        assert "train_decoder.adversarial_loss=none" in (caught.value.next_command or "")
+    cache.mkdir(parents=True)
+    for name in ("dino_deitsmall8_pretrain.pth", "dino_vit_small_patch8_224.pth"):  # torch hub's, the release's
+        (cache / name).write_bytes(b"weights")
+        assert locate_dino("S_8") == cache / name
+    with pytest.raises(MissingInput, match=r"disc\.safetensors is not there"):
+        locate_dino("S_8", str(tmp_path / "disc.safetensors"))
+    (tmp_path / "disc.safetensors").write_bytes(b"imported")
+    assert locate_dino("S_8", str(tmp_path / "disc.safetensors")) == tmp_path / "disc.safetensors"
 
 
 class TestGeometryOfFolders:

@@ -1,0 +1,35 @@
+"""Run by test_adversarial.py, alone or by torchrun: one adversarial training among any number of processes.
+
+Writes its log and final weights below argv[1].
+"""
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from small_gan import ROWS, SECTION, batch_for, learner_of
+
+from rae.stages.job import Job
+from rae.stages.training.loop import train
+from rae.stages.training.ranks import Ranks
+
+RANKS = Ranks.from_environment()
+
+
+def main(out: Path) -> None:
+    learner = learner_of(ranks=RANKS)
+    train(learner, partial(batch_for, ranks=RANKS), SECTION, rows=ROWS, job=Job(out), ranks=RANKS)
+    weights = [RANKS.gather(value) for value in learner.heads.state_dict().values()]
+    assert all(torch.equal(first, other) for first, *others in weights for other in others)
+    if RANKS.is_main:
+        save_file(learner.tensors()["model"], out / "trained.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with RANKS.process_group(torch.device("cpu")):
+        main(Path(sys.argv[1]))
+    os._exit(0)  # gloo's threads can abort an interpreter that shuts down around them, after all is done
