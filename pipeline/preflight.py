@@ -6,7 +6,7 @@ Every check is cheap: settings against each other, and whether files and artifac
 from collections.abc import Callable, Iterator
 
 from rae.pipeline.plan import Pipeline
-from rae.pipeline.tasks import extractor_files
+from rae.pipeline.tasks import evaluation_lpips, extractor_files
 from rae.stages.models.weights import locate_dino, locate_lpips
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, TrainDecoderSection, TrainDitSection
 from rae.store.errors import ConfigError, MissingInput, RaeError, StaleInput
@@ -144,8 +144,15 @@ def _held_out(pipeline: Pipeline) -> object:
     return None if _makes_shards(pipeline) else pipeline.held_out
 
 
-def _extractor(pipeline: Pipeline) -> object:
-    return extractor_files(pipeline.section("evaluate", EvaluateSection))
+def _extractor(pipeline: Pipeline) -> None:
+    if pipeline.config.sample is not None:
+        extractor_files(pipeline.section("evaluate", EvaluateSection))
+
+
+def _distance(pipeline: Pipeline) -> None:
+    section = pipeline.section("evaluate", EvaluateSection)
+    if section.perceptual_distance == "lpips":
+        evaluation_lpips(section)
 
 
 _CHECKS: dict[str, tuple[Callable[[Pipeline], object], ...]] = {
@@ -153,5 +160,5 @@ _CHECKS: dict[str, tuple[Callable[[Pipeline], object], ...]] = {
     "train_decoder": (_images, _encoder, _crops, _perceptual, _discriminator),
     "train_dit": (_train_dit,),
     "sample": (_sample, _guide),
-    "evaluate": (_held_out, _extractor),
+    "evaluate": (_held_out, _extractor, _distance),
 }

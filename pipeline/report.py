@@ -14,9 +14,9 @@ from markupsafe import Markup, escape
 from rae.pipeline import report_scores
 from rae.pipeline.config import to_yaml
 from rae.pipeline.plan import STAGES, Pipeline
-from rae.pipeline.report_charts import Floats, loss_chart, rate_chart, smoothing_window, uses_log
+from rae.pipeline.report_charts import Floats, level_chart, loss_chart, rate_chart, smoothing_window, uses_log
 from rae.pipeline.report_facts import Facts, collect, cost, in_one_unit, lineage, machines, seconds
-from rae.pipeline.report_images import PIXELATED_UP_TO, read_gallery, read_pairs
+from rae.pipeline.report_images import PIXELATED_UP_TO, read_gallery, read_noise_grid, read_pairs
 from rae.store.errors import RaeError
 from rae.store.manifest import Json
 from rae.store.publish import replace_bytes
@@ -69,6 +69,7 @@ def describe(facts: Facts) -> Json:
         "missing": facts.missing,
         "model": model_facts(facts),
         "reconstructions": reconstructions(facts, scores),
+        "latent_noise": latent_noise(facts, scores),
         "gallery": gallery(facts),
         "curves": [curve(facts, kind) for kind in ("decoder", "dit")],
         "scores": score_table(scores),
@@ -129,8 +130,40 @@ def reconstructions(facts: Facts, scores: report_scores.Scores | None) -> Json |
         "image_size": image_size,
         "images": scores.protocol.get("reconstructions", len(pairs)),
         "psnr_db": f"{psnr_db:.2f}" if psnr_db is not None else None,
-        "ssim": f"{ssim:.3f}" if ssim is not None else None,
+        "ssim": _three_decimals(ssim),
+        "distance": _three_decimals(scores.reconstruction.get("perceptual_distance")),
     }
+
+
+def latent_noise(facts: Facts, scores: report_scores.Scores | None) -> Json | None:
+    """Charts of the scores over the level of noise, and rows of pictures; None where no level was asked for."""
+    if scores is None or not scores.latent_noise:
+        return None
+    originals, *made = read_noise_grid(facts.made["scores"], len(scores.latent_noise))
+    ordered = sorted(scores.latent_noise, key=lambda one: one["level"])
+    levels = np.array([one["level"] for one in ordered])
+    charts = [
+        level_chart(levels, np.array([one[key] for one in ordered]), f"{label} by level of noise", label)
+        for key, label in (("psnr_db", "PSNR, dB"), ("perceptual_distance", "perceptual distance"))
+        if all(key in one for one in ordered)
+    ]
+    rows = [
+        {"level": f"{one['level']:g}", "pictures": pictures, "psnr_db": f"{one['psnr_db']:.2f}"}
+        | {"ssim": f"{one['ssim']:.3f}", "distance": _three_decimals(one.get("perceptual_distance"))}
+        for one, pictures in zip(scores.latent_noise, made, strict=True)
+    ]
+    training = facts.made["decoder"].manifest.config.get("train_decoder", {}) if "decoder" in facts.made else {}
+    return {
+        "originals": originals,
+        "rows": sorted(rows, key=lambda row: float(row["level"])),
+        "charts": charts,
+        "pixelated": scores.protocol.get("image_size", 0) <= PIXELATED_UP_TO,
+        "noise_tau": training.get("noise_tau"),
+    }
+
+
+def _three_decimals(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"
 
 
 def gallery(facts: Facts) -> Json | None:

@@ -55,9 +55,18 @@ def loss_chart(steps: Floats, loss: Floats, title: str, y_label: str) -> Markup:
         parts.append(_line(across(steps), up(loss), "raw"))
     parts.append(_line(across(steps), up(running_mean(loss, window)), "line"))
     if window == 1:
-        dots = (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>' for x, y in zip(across(steps), up(loss), strict=True))
-        parts.append(f'<g class="dots">{"".join(dots)}</g>')
+        parts.append(_dots(across(steps), up(loss)))
     return _svg(title, height, parts)
+
+
+def level_chart(levels: Floats, scores: Floats, title: str, y_label: str) -> Markup:
+    """A score [N] over levels of noise [N] as an `svg` element, marked and joined. Levels are increasing, N >= 1."""
+    height, room = 250, float(np.ptp(scores)) * 0.06
+    across = make_axis(0.0, float(levels.max()), _LEFT, _WIDTH - _RIGHT)
+    up = make_axis(float(scores.min()) - room, float(scores.max()) + room, height - _BOTTOM, _TOP)
+    parts = [_y_ticks(up), _x_ticks(across, height), _x_name("noise on the tokens", height)]
+    parts.append(_y_name(y_label, (_TOP + height - _BOTTOM) / 2))
+    return _svg(title, height, [*parts, _line(across(levels), up(scores), "line"), _dots(across(levels), up(scores))])
 
 
 def rate_chart(steps: Floats, rate: Floats, title: str) -> Markup:
@@ -170,6 +179,11 @@ def _y_name(label: str, middle: float) -> str:
 def _line(x: Floats, y: Floats, css_class: str) -> str:
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
     return f'<polyline class="{css_class}" points="{points}"/>'
+
+
+def _dots(x: Floats, y: Floats) -> str:
+    circles = (f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.2"/>' for a, b in zip(x, y, strict=True))
+    return f'<g class="dots">{"".join(circles)}</g>'
 
 
 def _svg(title: str, height: int, parts: Sequence[str]) -> Markup:

@@ -73,6 +73,16 @@ def read_pairs(scores: Artifact) -> tuple[list[Pair], int]:
     return [Pair(a, b, psnr) for a, b, psnr in zip(*uris, _psnr_db(originals, made), strict=True)], made.shape[1]
 
 
+def read_noise_grid(scores: Artifact, levels: int) -> list[list[str]]:
+    """Rows of pictures as data URIs: originals, then what the decoder made of their tokens at each level of noise."""
+    path = scores.payload / "latent_noise.npz"
+    arrays = _read_arrays(path, "originals", "reconstructions")
+    originals, made = arrays["originals"], arrays["reconstructions"]
+    if made.shape != (levels, *originals.shape):
+        raise CorruptData(f"{path} holds pictures of shape {made.shape} for {levels} levels of {originals.shape}")
+    return [[data_uri(pixels, _LARGEST_SAMPLE) for pixels in _checked(row, path)] for row in (originals, *made)]
+
+
 def read_gallery(samples: Artifact, class_names: list[str] | None, source: Source | None) -> Gallery:
     """The first images of the first classes, by index; `source` gives real ones where it still can be read."""
     batches = sorted(samples.payload.glob("images/batch-*.npz"))

@@ -40,11 +40,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `scores.json` holds."""
+    """What `scores.json` holds; `latent_noise` has a `level` and the scores of reconstructions with it, by level."""
 
     reconstruction: dict[str, float]
     generation: dict[str, dict[str, float]]
     protocol: Json
+    latent_noise: list[dict[str, float]]
 
 
 METRICS = (
@@ -101,7 +102,10 @@ def read_scores(artifact: Artifact) -> Scores:
     try:
         value = json.loads(path.read_bytes())
         generation = {row: _numbers(scores) for row, scores in value.get("generation", {}).items()}
-        return Scores(_numbers(value.get("reconstruction", {})), generation, dict(value["protocol"]))
+        latent_noise = [_numbers(scores) for scores in value.get("latent_noise", [])]
+        if any({"level", "psnr_db", "ssim"} - scores.keys() for scores in latent_noise):
+            raise ValueError("a level of noise lacks its scores")
+        return Scores(_numbers(value.get("reconstruction", {})), generation, dict(value["protocol"]), latent_noise)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptData(f"{path} does not hold scores ({type(error).__name__}: {error})") from error
 

@@ -155,12 +155,14 @@ def _evaluate(pipeline: Pipeline) -> Task:
     section = pipeline.section("evaluate", EvaluateSection)
     pipeline.require_held_out()
     source, held_out, encoder_source = pipeline.train, pipeline.held_out, pipeline.encoder_source
-    inputs = {"decoder": pipeline.decoder()}
+    inputs, weights = {"decoder": pipeline.decoder()}, dict(encoder_source.digests)
     if pipeline.config.sample is not None:
         inputs["samples"] = pipeline.need("sample")
+        weights |= {f"extractor/{name}": digest for name, digest in extractor_files(section).digests.items()}
+    if section.perceptual_distance == "lpips":
+        backbone = evaluation_lpips(section)
+        weights[backbone.name] = digest_file(backbone)
     config = {"evaluate": section.in_recipe(), "encoder": pipeline.encoder()}
-    extractor = {f"extractor/{name}": digest for name, digest in extractor_files(section).digests.items()}
-    weights = {**encoder_source.digests, **extractor}
     digests: Json = {"weights": weights, "source": source.digests, "held_out": held_out.digests}
     recipe = _recipe("evaluate", config, inputs, classes=source.classes, reading=pipeline.reading(), **digests)
 
@@ -171,6 +173,11 @@ def _evaluate(pipeline: Pipeline) -> Task:
         return evaluate.run(section, source, held_out, encoder_source, decoder, samples, job)
 
     return Task(STAGES["evaluate"], recipe, inputs | pipeline.shards, run)
+
+
+def evaluation_lpips(section: EvaluateSection) -> Path:
+    """VGG-16's weights, for scores that ask for LPIPS."""
+    return locate_lpips(section.lpips_weights, "evaluate.perceptual_distance")
 
 
 def extractor_files(section: EvaluateSection) -> EncoderFiles:

@@ -9,21 +9,24 @@ import torch
 
 from rae.stages.images import BadImage, center_crop, decode
 from rae.stages.job import NOTHING, Job, Result
-from rae.stages.models.encoders import Encoder, describe, load_encoder
+from rae.stages.models.encoders import describe, load_encoder
+from rae.stages.models.perceptual import EncoderDistance, LpipsDistance, build_perceptual
 from rae.stages.models.pixels import to_uint8, to_unit
 from rae.stages.models.trained import Autoencoder, Decoder, check_compatible
 from rae.stages.models.weights import EncoderSource
 from rae.stages.scoring.extractors import load_extractor
-from rae.stages.scoring.reconstruction import psnr_db, ssim
+from rae.stages.scoring.reconstruction import ReconstructionScores
 from rae.stages.scoring.scores import score_generation
 from rae.stages.sections import EvaluateSection
+from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
 from rae.store.artifacts import Artifact
 from rae.store.errors import CorruptData
 from rae.store.manifest import Json, canonical
 from rae.store.shards import Source
 
-_SHOWN = 16  # reconstructions kept for the report
+RECONSTRUCTIONS, BY_LATENT_NOISE = "reconstructions.npz", "latent_noise.npz"  # what the report shows
+_SHOWN, _SHOWN_BY_LEVEL = 16, 6
 
 
 def run(
@@ -44,8 +47,11 @@ def run(
     check_compatible(describe(encoder), known, "this encoder")
     size = decoding.image_size
     val_images, val_labels = load_images(held_out, size, job, "held-out images")
-    scores: dict[str, Json] = {"reconstruction": _score_reconstruction(section, encoder, decoding, val_images, job)}
-    metrics = {f"reconstruction_{name}": value for name, value in scores["reconstruction"].items()}
+    distance = build_perceptual(section.perceptual_distance, encoder, section.lpips_weights)
+    distance = distance.to(job.device) if distance is not None else None
+    by_level = _score_reconstructions(section, Autoencoder(encoder, decoding), distance, val_images, job)
+    scores: Json = {"reconstruction": by_level[0.0]}
+    metrics = {f"reconstruction_{name}": value for name, value in by_level[0.0].items()}
     protocol: Json = {
         "held_out_digest": hashlib.sha256(canonical(held_out.digests)).hexdigest(),
         "held_out_images": len(val_images),
@@ -54,32 +60,51 @@ def run(
         "reconstructions": min(len(val_images), section.reconstructions),
         "seed": section.seed,
     }
-    if samples is not None:
-        extractor = load_extractor(
-            section.extractor, section.extractor_weights, section.extractor_input_size, job.device
-        )
-        train_images, train_labels = load_images(train, size, job, "training images")
-        generated, labels = load_samples(samples)
-        scores["generation"] = score_generation(
-            generated, labels, train_images, train_labels, val_images, val_labels, extractor, section
-        )
-        metrics |= scores["generation"]["samples"]
-        protocol |= {
-            "extractor": extractor.protocol(),
-            "images": len(generated),
-            "labels": {
-                str(label): int(count) for label, count in zip(*np.unique(labels, return_counts=True), strict=True)
-            },
-            "classifier": section.classifier,
-            "transfer_images": section.transfer_images,
-            "nearest_k": section.nearest_k,
-            "sample": samples.manifest.config["sample"],
+    if distance is not None:
+        protocol["perceptual_distance"] = {"description": distance.description, "digest": distance.digest}
+    if section.latent_noise:
+        scores["latent_noise"] = [{"level": level, **by_level[level]} for level in section.latent_noise]
+        metrics |= {
+            f"reconstruction_{name}_at_noise_{level:g}": value
+            for level in section.latent_noise
+            for name, value in by_level[level].items()
         }
+    if samples is not None:
+        rows, measured_with = _score_samples(section, train, val_images, val_labels, samples, job)
+        scores["generation"] = rows
+        metrics |= rows["samples"]
+        protocol |= measured_with
     scores["protocol"] = protocol
     path = job.folder / "scores.json"
     path.write_text(json.dumps(scores, indent=1, sort_keys=True, allow_nan=False))
     content = hashlib.sha256(canonical(scores)).hexdigest()
-    return Result(content, metrics, (path, job.folder / "reconstructions.npz"))
+    pictures = [RECONSTRUCTIONS, *([BY_LATENT_NOISE] if section.latent_noise else [])]
+    return Result(content, metrics, (path, *(job.folder / name for name in pictures)))
+
+
+def _score_samples(
+    section: EvaluateSection,
+    train: Source,
+    val_images: np.ndarray,
+    val_labels: np.ndarray,
+    samples: Artifact,
+    job: Job,
+) -> tuple[dict[str, dict[str, float]], Json]:
+    """Rows of scores, samples and baselines, and the protocol that they were taken under."""
+    extractor = load_extractor(section.extractor, section.extractor_weights, section.extractor_input_size, job.device)
+    train_images, train_labels = load_images(train, val_images.shape[1], job, "training images")
+    generated, labels = load_samples(samples)
+    rows = score_generation(generated, labels, train_images, train_labels, val_images, val_labels, extractor, section)
+    balance = zip(*np.unique(labels, return_counts=True), strict=True)
+    return rows, {
+        "extractor": extractor.protocol(),
+        "images": len(generated),
+        "labels": {str(label): int(count) for label, count in balance},
+        "classifier": section.classifier,
+        "transfer_images": section.transfer_images,
+        "nearest_k": section.nearest_k,
+        "sample": samples.manifest.config["sample"],
+    }
 
 
 def load_images(source: Source, size: int, job: Job, unit: str) -> tuple[np.ndarray, np.ndarray]:
@@ -107,25 +132,51 @@ def load_samples(samples: Artifact) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.concatenate([batch[key] for batch in batches]) for key in ("images", "labels"))  # type: ignore[return-value]
 
 
-def _score_reconstruction(
-    section: EvaluateSection, encoder: Encoder, decoder: Decoder, images: np.ndarray, job: Job
-) -> dict[str, float]:
-    """PSNR and SSIM of encode-decode, without noise, on the first held-out images."""
+def _score_reconstructions(
+    section: EvaluateSection,
+    autoencoder: Autoencoder,
+    distance: LpipsDistance | EncoderDistance | None,
+    images: np.ndarray,
+    job: Job,
+) -> dict[float, dict[str, float]]:
+    """Scores of encode-decode on the first held-out images, by the level of noise on their tokens; 0 is always there.
+
+    Writes the pictures that the report shows.
+    """
     originals = images[: section.reconstructions]
-    made = []
-    for batch in _reconstructed(Autoencoder(encoder, decoder), originals, section.batch_size):
-        made.append(batch)
-        job.progress(sum(map(len, made)), len(originals), "reconstructions")
+    shown = _spread(len(originals), _SHOWN)
+    scores = {level: ReconstructionScores(distance, job.device) for level in (0.0, *section.latent_noise)}
+    pictures: dict[float, list[np.ndarray]] = {level: [] for level in scores}
+    for first in range(0, len(originals), section.batch_size):
+        batch = originals[first : first + section.batch_size]
+        rows = np.arange(first, first + len(batch))
+        for level, made in _reconstructed(autoencoder, batch, rows, list(scores), section.seed):
+            scores[level].add(batch, made)
+            pictures[level].append(made[np.isin(rows, shown)])
+        job.progress(first + len(batch), len(originals), "reconstructions")
         job.check_stop()
-    reconstructions = np.concatenate(made)
-    chosen = np.linspace(0, len(originals) - 1, min(_SHOWN, len(originals))).astype(int)
-    np.savez(job.folder / "reconstructions.npz", originals=originals[chosen], reconstructions=reconstructions[chosen])
-    return {"psnr_db": psnr_db(originals, reconstructions), "ssim": ssim(originals, reconstructions)}
+    kept = {level: np.concatenate(pieces) for level, pieces in pictures.items()}
+    np.savez(job.folder / RECONSTRUCTIONS, originals=originals[shown], reconstructions=kept[0.0])
+    if section.latent_noise:
+        few = _spread(len(shown), _SHOWN_BY_LEVEL)
+        by_level = np.stack([kept[level][few] for level in section.latent_noise])
+        np.savez(job.folder / BY_LATENT_NOISE, originals=originals[shown][few], reconstructions=by_level)
+    return {level: one.means() for level, one in scores.items()}
+
+
+def _spread(count: int, shown: int) -> np.ndarray:
+    """At most `shown` places at equal distances among `count`, each once."""
+    return np.linspace(0, count - 1, min(shown, count)).astype(int)
 
 
 @torch.inference_mode()
-def _reconstructed(autoencoder: Autoencoder, images: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    device = next(autoencoder.parameters()).device
-    for first in range(0, len(images), batch_size):
-        batch = to_unit(images[first : first + batch_size], device)
-        yield to_uint8(autoencoder.decode(autoencoder.encode(batch)))
+def _reconstructed(
+    autoencoder: Autoencoder, images: np.ndarray, rows: np.ndarray, levels: list[float], seed: int
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Each level with what the decoder makes of tokens + level * noise, which is drawn once per (seed, row)."""
+    device = autoencoder.encoder.device
+    tokens = autoencoder.encode(to_unit(images, device))
+    noise = normal(tokens.shape[1:], seed, "latent_noise", 0, rows, device) if any(levels) else None
+    for level in levels:
+        noisy = tokens if noise is None or level == 0 else tokens + level * noise
+        yield level, to_uint8(autoencoder.decode(noisy))

@@ -346,6 +346,10 @@ class EvaluateSection(Section):
 
     `classifier` judges class agreement: `pixels` is an SVC on 8x8 area-downsampled grey pixels (for digits),
     `features` a logistic regression on the extractor's features.
+
+    Reconstructions are scored with noise on their tokens, too, for each level of `latent_noise`, in the units of
+    `noise_tau`: how a decoder bears the imperfect tokens of a transformer. `perceptual_distance` is LPIPS, or that of
+    the encoder's own features, which needs no other weights.
     """
 
     extractor: str = "efficientnet-lite0"
@@ -356,4 +360,19 @@ class EvaluateSection(Section):
     nearest_k: Positive = 3
     batch_size: Positive = 64
     reconstructions: Positive = 2000
+    latent_noise: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    perceptual_distance: Literal["lpips", "encoder", "none"] = "encoder"
+    lpips_weights: Location = None
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _levels_differ(self) -> Self:
+        if len(set(self.latent_noise)) < len(self.latent_noise):
+            raise ValueError(f"`latent_noise` {list(self.latent_noise)} has a level twice")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_have_an_effect(self) -> Self:
+        if self.lpips_weights is not None and self.perceptual_distance != "lpips":
+            raise ValueError(f"`lpips_weights` has no part in `perceptual_distance: {self.perceptual_distance}`")
+        return self

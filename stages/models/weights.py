@@ -164,8 +164,10 @@ def _architecture(name: str) -> str:
     return PACKAGED_ARCHITECTURE if name == PACKAGED_ENCODER else name.removeprefix("timm:")
 
 
-def locate_lpips(weights: str | None = None) -> Path:
+def locate_lpips(weights: str | None = None, setting: str = "train_decoder.perceptual_loss") -> Path:
     """The file with torchvision's VGG-16, which LPIPS rests on: `weights`, or the one in torch hub's cache.
+
+    `setting` is what asks for LPIPS, as messages name it.
 
     Raises:
         MissingInput: it is not there.
@@ -173,10 +175,11 @@ def locate_lpips(weights: str | None = None) -> Path:
     """
     path, place = _named_or_cached(weights, (VGG_FILE,))
     if path is None:
+        section = setting.partition(".")[0]
         raise MissingInput(
             f"LPIPS needs torchvision's VGG-16 weights, {VGG_FILE}, and {place} is not there: put the file there, name"
-            " it with `train_decoder.lpips_weights`, or choose the distance of the encoder's own features",
-            "rae train-decoder CONFIG -s train_decoder.perceptual_loss=encoder",
+            f" it with `{section}.lpips_weights`, or choose the distance of the encoder's own features",
+            f"rae {section.replace('_', '-')} CONFIG -s {setting}=encoder",
         )
     return path
 

@@ -1,12 +1,15 @@
-"""How close a reconstruction is to its original: PSNR and SSIM. Images are uint8 [N, H, W, 3]."""
+"""How close a reconstruction is to its original: PSNR, SSIM, perceptual distance. Images are uint8 [N, H, W, 3]."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from rae.stages.models.pixels import to_unit
 from rae.store.errors import ConfigError, StaleInput
 
 MAX_PSNR_DB = 100.0
@@ -14,6 +17,31 @@ MAX_PSNR_DB = 100.0
 
 _SSIM_BORDER = 5  # pixels: half of the Gaussian window of 11 x 11, sigma 1.5, of Wang et al. 2004
 _BLOCK = 8  # images at a time: SSIM takes 270 MB for 8 of 256 x 256
+
+
+class ReconstructionScores:
+    """Means over images that come batch by batch.
+
+    `distance` is a perceptual one: float [B, 3, S, S] in [0, 1], twice -> [B]; None takes none.
+    """
+
+    def __init__(self, distance: Callable[[Tensor, Tensor], Tensor] | None, device: str) -> None:
+        self._distance, self._device = distance, device
+        self._sums: Counter[str] = Counter()
+        self._count = 0
+
+    def add(self, reference: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> None:
+        """Take in a batch; raises as `psnr_db` and `ssim` do."""
+        scores = {"psnr_db": psnr_db(reference, reconstruction), "ssim": ssim(reference, reconstruction)}
+        if self._distance is not None:
+            made, real = (to_unit(images, self._device) for images in (reconstruction, reference))
+            scores["perceptual_distance"] = float(self._distance(made, real).double().mean())
+        self._sums.update({name: value * len(reference) for name, value in scores.items()})
+        self._count += len(reference)
+
+    def means(self) -> dict[str, float]:
+        """`psnr_db`, `ssim` and, where there is a distance, `perceptual_distance`."""
+        return {name: value / self._count for name, value in self._sums.items()}
 
 
 def psnr_db(reference: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> float:

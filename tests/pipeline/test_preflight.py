@@ -43,6 +43,7 @@ def test_the_quickstart_passes(refused: Any) -> None:
         ("train_dit.latents=elsewhere", MissingInput, "no latents `elsewhere`"),
         ("shards.val_fraction=0", MissingInput, "holds no images out"),
         ("evaluate.extractor_weights=nowhere.pth", MissingInput, "nowhere.pth"),
+        ("evaluate.perceptual_distance=lpips", MissingInput, "evaluate.lpips_weights"),
     ],
 )
 def test_what_cannot_end_does_not_begin(

@@ -373,6 +373,27 @@ def test_a_damaged_payload_is_named(tmp_path: Path, damage: bytes) -> None:
         render(pipeline, NOW)
 
 
+def test_pictures_of_other_levels_than_the_scores_are_named(tmp_path: Path) -> None:
+    maker = Maker(tmp_path / "workspace")
+    pipeline = maker.make_all()
+    payload = pipeline.need("evaluate").payload
+    noisy = [{"level": level, "psnr_db": 20.0 - level, "ssim": 0.5} for level in (1.0, 0.0)]
+    (payload / "scores.json").write_text(json.dumps(SCORES | {"latent_noise": noisy}))
+    originals = maker.images[:6]
+    pictures = {"originals": originals, "reconstructions": np.stack([originals, originals // 2])}
+    (payload / "latent_noise.npz").write_bytes(npz(**pictures))
+    page = render(pipeline, NOW)
+    parsed = Page(page)
+    assert np.array_equal(parsed.pictures("level 0, picture 3")[0], originals[2] // 2)  # sorted by level
+    assert page.count("by level of noise</title>") == 1  # no distance was taken
+    (payload / "latent_noise.npz").write_bytes(npz(**pictures | {"reconstructions": originals[None]}))
+    with pytest.raises(CorruptData, match=r"latent_noise\.npz .* for 2 levels"):
+        render(pipeline, NOW)
+    (payload / "scores.json").write_text(json.dumps(SCORES | {"latent_noise": [{"level": 1.0}]}))
+    with pytest.raises(CorruptData, match=r"scores\.json"):
+        render(pipeline, NOW)
+
+
 def test_the_report_needs_no_torch() -> None:
     code = "import sys, rae.pipeline.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
