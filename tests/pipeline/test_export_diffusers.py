@@ -9,11 +9,9 @@ import torch
 
 import rae as api
 from rae.store.latents import LatentStore
-from tests.conftest import Rae
+from tests.conftest import TINY, Rae
 from tests.pipeline.released import Release
 from tests.stages.models.test_autoencoder_rae import dinov2, images
-
-SIZES = {"steps": 2, "batch_size": 4, "hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Rae:
     sections = {
         "shards": {"train": "digits", "limit": 12},
         "encode": encode | {"horizontal_flip": False, "batch_size": 4},
-        "train_decoder": SIZES | {"perceptual_loss": "none"},
+        "train_decoder": TINY["train_decoder"] | {"steps": 2, "batch_size": 4},
     }
     rae = Rae(folder, sections)
     rae.verb("encode").succeeded()
