@@ -19,7 +19,7 @@ def official_command(
     quiet: Quiet = False,
 ) -> None:
     """Write a decoder or DiT as the official release loads it: EMA weights, statistics, their configuration."""
-    from rae.pipeline.export_official import export_official
+    from rae.pipeline.interchange.export_official import export_official
     from rae.store.artifacts import Workspace
 
     console = options_for(as_json, quiet).console
@@ -39,7 +39,7 @@ def diffusers_command(
     quiet: Quiet = False,
 ) -> None:
     """Write a decoder with its encoder as diffusers' AutoencoderRAE loads it: EMA weights, statistics."""
-    from rae.pipeline.export_diffusers import export_diffusers
+    from rae.pipeline.interchange.export_diffusers import export_diffusers
     from rae.store.artifacts import Workspace
 
     console = options_for(as_json, quiet).console

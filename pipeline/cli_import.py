@@ -27,7 +27,7 @@ def official_command(
     restart: Restart = False,
 ) -> None:
     """Import a decoder, a DiT, or the discriminator's backbone: told apart by their tensors, loaded strictly."""
-    from rae.pipeline.import_official import Official, import_official
+    from rae.pipeline.interchange.import_official import Official, import_official
     from rae.store.artifacts import Workspace
 
     official = Official(file, name, out, stats, encoder, config, weights)
@@ -52,7 +52,7 @@ def diffusers_command(
     restart: Restart = False,
 ) -> None:
     """Import the decoder of an AutoencoderRAE, or of an AutoencoderKL, the baseline: `sample.decoder: NAME`."""
-    from rae.pipeline.import_diffusers import Diffusers, import_diffusers
+    from rae.pipeline.interchange.import_diffusers import Diffusers, import_diffusers
     from rae.store.artifacts import Workspace
 
     options = options_for(as_json, quiet, restart, device="cpu")
@@ -68,7 +68,7 @@ def official_config_command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it here instead of to the terminal.")] = None,
 ) -> None:
     """Print a YAML file of the official release as a configuration of ours, headed by what is not the same."""
-    from rae.pipeline.official_config import convert, to_yaml
+    from rae.pipeline.interchange.official_config import convert, to_yaml
     from rae.store.errors import StaleInput
 
     reading = convert(file)

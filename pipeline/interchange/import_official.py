@@ -6,8 +6,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rae.pipeline.imports import import_artifact, say_encoder
-from rae.pipeline.official_yaml import decoder_heads, dit_settings, encoder_name, part, read_mapping, transport_settings
+from rae.pipeline.interchange.imports import import_artifact, say_encoder
+from rae.pipeline.interchange.official_yaml import (
+    decoder_heads,
+    dit_settings,
+    encoder_name,
+    part,
+    read_mapping,
+    transport_settings,
+)
 from rae.pipeline.plan import Stage
 from rae.pipeline.runner import Options, Outcome
 from rae.stages.job import Job, Result

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from rae.pipeline import config as configuration
-from rae.pipeline.official_config import convert, to_yaml
-from rae.pipeline.official_keys import GAN, Reading
+from rae.pipeline.interchange.official_config import convert, to_yaml
+from rae.pipeline.interchange.official_keys import GAN, Reading
 from rae.store.errors import ConfigError, MissingInput
 
 DINOV2 = "facebook/dinov2-with-registers-base"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rae.pipeline.config import closest
-from rae.pipeline.official_yaml import number
+from rae.pipeline.interchange.official_yaml import number
 from rae.stages.sections import (
     EncodeSection,
     SampleSection,

@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 
 from rae.pipeline.config import PipelineConfig, validated
-from rae.pipeline.official_keys import ADAPTIVE, GAN, OLDER, SCHEDULER, SDE, TRAINING, Reading
-from rae.pipeline.official_yaml import (
+from rae.pipeline.interchange.official_keys import ADAPTIVE, GAN, OLDER, SCHEDULER, SDE, TRAINING, Reading
+from rae.pipeline.interchange.official_yaml import (
     DECODER_FOLDERS,
     SHIFT_BASE,
     TRANSPORT_KEYS,

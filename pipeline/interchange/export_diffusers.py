@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rae.pipeline.console import Console
-from rae.pipeline.exports import exported
+from rae.pipeline.interchange.exports import exported
 from rae.stages.models.own_encoder import OwnEncoder
 from rae.stages.models.weights import EncoderFiles, locate_encoder
 from rae.store.artifacts import Artifact, Workspace

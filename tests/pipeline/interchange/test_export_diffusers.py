@@ -10,7 +10,7 @@ import torch
 import rae as api
 from rae.store.latents import LatentStore
 from tests.conftest import TINY, Rae
-from tests.pipeline.released import Release
+from tests.pipeline.interchange.released import Release
 from tests.stages.models.test_autoencoder_rae import dinov2, images
 
 

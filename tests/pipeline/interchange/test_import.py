@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rae.pipeline.imports import import_artifact
+from rae.pipeline.interchange.imports import import_artifact
 from rae.pipeline.plan import Stage
 from rae.pipeline.runner import Options, Outcome
 from rae.pipeline.status import show_status

@@ -9,17 +9,17 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-from rae.pipeline.export_official import check_encoder, check_transport, official_config
-from rae.pipeline.official_yaml import dit_settings, transport_settings
+from rae.pipeline.interchange.export_official import check_encoder, check_transport, official_config
+from rae.pipeline.interchange.official_yaml import dit_settings, transport_settings
 from rae.stages.models.dit import DiTConfig
 from rae.stages.models.official import Checkpoint, infer_decoder, infer_dit
 from rae.stages.models.trained import DitDescription
 from rae.store.artifacts import Artifact
 from rae.store.errors import ConfigError
 from rae.store.manifest import Manifest
-from tests.pipeline.released import DECODER, DIT, Release
+from tests.pipeline.interchange.released import DECODER, DIT, Release
 
-RELEASED = json.loads((Path(__file__).parents[1] / "parity/official_state_dicts.json").read_text())
+RELEASED = json.loads((Path(__file__).parents[2] / "parity/official_state_dicts.json").read_text())
 ARTIFACT = Artifact(Path(), Manifest("dit", "x", {}, "", {}, {}, [], {}))
 DINOV2 = {"name": "facebook/dinov2-with-registers-base", "kind": "dinov2", "input_size": 224}
 

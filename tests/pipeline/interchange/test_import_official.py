@@ -15,9 +15,9 @@ import rae as api
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder
 from rae.stages.models.discriminator import DinoDiscriminator
 from rae.stages.models.dit import DiTConfig, build_dit
-from tests.pipeline.released import DECODER, DIT, Release
+from tests.pipeline.interchange.released import DECODER, DIT, Release
 
-PARITY = Path(__file__).parents[1] / "parity"
+PARITY = Path(__file__).parents[2] / "parity"
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rae.pipeline.imports import import_artifact, say_encoder
+from rae.pipeline.interchange.imports import import_artifact, say_encoder
 from rae.pipeline.plan import Stage
 from rae.pipeline.runner import Options, Outcome
 from rae.stages.job import Job, Result

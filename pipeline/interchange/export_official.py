@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rae.pipeline.console import Console
-from rae.pipeline.exports import exported
-from rae.pipeline.official_yaml import DIT_MODELS, FIXED_DIT, SHIFT_BASE, TRANSPORT_KEYS
+from rae.pipeline.interchange.exports import exported
+from rae.pipeline.interchange.official_yaml import DIT_MODELS, FIXED_DIT, SHIFT_BASE, TRANSPORT_KEYS
 from rae.store.artifacts import Artifact, Workspace
 from rae.store.errors import ConfigError
 from rae.store.manifest import Json
