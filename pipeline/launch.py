@@ -173,6 +173,7 @@ def _workers(crew: Crew) -> Iterator["Client"]:
         with cluster, distributed.Client(cluster) as client:
             yield client
         return
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # it logs as a traceback what is raised anyway
     try:
         client = distributed.Client(crew.scheduler, timeout=_SECONDS_TO_ANSWER)
     except (OSError, ValueError) as error:

@@ -64,7 +64,8 @@ class Cluster:
         self._environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
         self._processes: list[subprocess.Popen[bytes]] = []
         file = folder / "scheduler.json"
-        self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file))
+        words = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
+        self.scheduler = self._start(*words)
         wait_until(file.exists, "the scheduler")
         self.address: str = json.loads(file.read_text())["address"]
 
@@ -122,3 +123,16 @@ def test_a_worker_that_finds_other_images_refuses(rae_with: Callable[..., Rae], 
     finally:
         os.chdir(before)
     refused.refused(3, "here/train-*.tar names no file", "on the worker tcp://", "whose folder is")
+
+
+def test_a_scheduler_that_dies_leaves_what_is_done(
+    alone: dict[str, str], rae_with: Callable[..., Rae], cluster: Cluster, warm: Warm
+) -> None:
+    cluster.worker()
+    rae = rae_with("shards")
+    ended = encode(rae, cluster, warm)
+    wait_until(lambda: records(rae), "the first part")
+    cluster.scheduler.kill()
+    ended().refused(6, f"the dask scheduler {cluster.address} is gone; what is done is kept", "next: rae encode")
+    rae.verb("encode", *SLOW).succeeded()
+    assert rae.payload("latents") == alone
