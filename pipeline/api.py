@@ -56,25 +56,27 @@ def encode(
         encoder: a name as in the configuration's `encode.encoder`, or a module that maps images in [0, 1] to tokens
             [N, C, H, W]; it is run where it lies, in eval mode, and left as it was.
         weights: the file of a `timm:NAME` encoder.
-        input_size: side in pixels that images are resized to; by default the module's attribute, else theirs.
+        input_size: side in pixels that images are resized to; by default that of the pipeline for images of this size
+            (224 for 256 px and DINOv2), of a module its attribute, else theirs.
         feature_index: the feature map of a timm encoder.
         version: what the module's code is known by, where it has no attribute `version`.
 
     Raises:
-        ConfigError: a module without a version, or one that returns no tokens.
+        ConfigError: images of another kind, a module without a version, or one that returns no tokens.
         MissingInput: an encoder whose files are not on this machine.
     """
     import torch
 
     from rae.stages.models.encoders import Encoder, load_encoder, resized
+    from rae.stages.models.geometry import input_size_for
     from rae.stages.models.own_encoder import own_encoder
-    from rae.stages.models.pixels import to_unit
+    from rae.stages.models.pixels import as_unit
     from rae.stages.models.weights import locate_encoder
 
-    batch = to_unit(images, "cpu") if isinstance(images, np.ndarray) else images
+    batch = as_unit(images)
     if isinstance(encoder, str):
-        size = input_size or int(batch.shape[-1])
-        encoder = load_encoder(locate_encoder(encoder, weights), size, feature_index)
+        source = locate_encoder(encoder, weights)
+        encoder = load_encoder(source, input_size_for(source, int(batch.shape[-1]), input_size), feature_index)
     with torch.inference_mode():
         if isinstance(encoder, Encoder):
             tokens: torch.Tensor = encoder(batch.to(encoder.device))

@@ -24,6 +24,13 @@ from rae.store.errors import ConfigError, MissingInput
 
 S = TypeVar("S", bound=Section)
 
+# Faults that pydantic tells in Python's words.
+_PLAIN = {
+    "tuple_type": "input should be a list",
+    "model_type": "input should be a section, keys with values",
+    "bool_parsing": "input should be true or false",
+    "bool_type": "input should be true or false",
+}
 _EXPONENTIAL = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -154,7 +161,8 @@ def _explain(error: ValidationError, model: type[Section], where: str) -> str:
         elif fault["type"] == "value_error":
             what, why = f"in `{dotted}`, {fault['ctx']['error']}", ""
         else:
-            what, why = f"`{dotted}` is {fault['input']!r}: ", fault["msg"][0].lower() + fault["msg"][1:]
+            message = _PLAIN.get(fault["type"], fault["msg"])
+            what, why = f"`{dotted}` is {fault['input']!r}: ", message[0].lower() + message[1:]
         faults.setdefault(what, []).append(why)  # a value that is none of several kinds has a fault for each
     return f"{where}: " + "; ".join(what + ", or ".join(dict.fromkeys(whys)) for what, whys in faults.items())
 

@@ -6,7 +6,7 @@ Light on purpose (pydantic alone), so that a configuration is checked whole befo
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rae.stages.models.sizes import DIT_SIZES, VIT_SIZES, expand_size
 from rae.store.errors import ConfigError
@@ -242,6 +242,11 @@ class TrainDitSection(TrainingSection):
         plain = isinstance(settings, dict) and settings.get("model") == "LightningDiT"
         return expand_size(settings, DIT_SIZES["LightningDiT" if plain else "DiT-DH"])
 
+    @field_validator("hidden_size", "depth", "num_heads", mode="before")
+    @classmethod
+    def _number_alone(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
     @model_validator(mode="after")
     def _parts_match(self) -> Self:
         parts = 2 if self.model == "DiT-DH" else 1
@@ -254,6 +259,16 @@ class TrainDitSection(TrainingSection):
                     f"`hidden_size` {hidden_size} is not a multiple of 4 x `num_heads` {num_heads} (rotary positions"
                     " turn pairs of numbers along two axes)"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _weight_is_finite(self) -> Self:
+        # As `transport` finds for itself, with torch; a test compares them.
+        if (self.loss_weight, self.prediction) == ("likelihood", "velocity") and self.path_type != "VP":
+            raise ValueError(
+                f"`loss_weight` likelihood is infinite at t = 0 for velocity prediction on the {self.path_type} path:"
+                " take `loss_weight: velocity`, `prediction: noise`, or `path_type: VP`"
+            )
         return self
 
     def check_width(self, token_dim: int) -> None:
@@ -326,7 +341,10 @@ class SampleSection(Section):
     def _every_option_has_an_effect(self) -> Self:
         for option, samplers in _SAMPLERS_OF.items():
             if self._is_changed(option) and not self._is_used(option):
-                raise ValueError(f"`{option}` belongs to `sampler: {' | '.join(samplers)}`, not to {self.sampler}")
+                raise ValueError(
+                    f"`{option}` belongs to `sampler: {' | '.join(samplers)}`, not to {self.sampler}: leave it at"
+                    f" {type(self).model_fields[option].default}"
+                )
         if self.last_step is None and self._is_changed("last_step_size"):
             raise ValueError("`last_step_size` is the size of a `last_step`, and there is none")
         if self.sampler == "sde" and self.num_steps < 3:

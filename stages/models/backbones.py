@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rae.stages.models.geometry import create_timm
 from rae.stages.models.model_folder import EncoderKind, read_json
 from rae.stages.models.own_encoder import OwnEncoder, checked
+from rae.stages.models.saving import check_weights
 from rae.stages.models.weights import EncoderFiles
 from rae.store.errors import CorruptData
 
@@ -83,12 +84,8 @@ def load_timm(files: EncoderFiles) -> nn.Module:
         model: nn.Module = create_timm(files.architecture)
     if "_conv_stem.weight" in state:
         state = _renamed_in_order(state, model.state_dict(), files)
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise CorruptData(
-            f"{files.folder_or_file} does not hold the weights of timm's `{files.architecture}`: {error}"
-        ) from error
+    check_weights(state, model.state_dict(), str(files.folder_or_file), f"timm's `{files.architecture}`")
+    model.load_state_dict(state)
     return model
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
 from rae.stages.models.backbones import read_state_dict
-from rae.store.errors import CorruptData
+from rae.stages.models.saving import check_weights
 
 INPUT_SIZE = 224
 # Blocks whose output a head reads; the last block's is read twice, the first time by the first head.
@@ -71,10 +71,8 @@ class DinoDiscriminator(nn.Module):
         for name, tensor in state.items():
             if name.endswith("attn.qkv.bias"):
                 tensor[len(tensor) // 3 : 2 * len(tensor) // 3] = 0
-        try:
-            self.backbone.load_state_dict(state, strict=True)
-        except RuntimeError as error:
-            raise CorruptData(f"{path} does not hold the discriminator's backbone: {error}") from error
+        check_weights(state, self.backbone.state_dict(), str(path), "the discriminator's backbone")
+        self.backbone.load_state_dict(state)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, S, S] of any S, resized -> [B, 5 * N], head after head."""

@@ -91,7 +91,7 @@ class OwnEncoder:
             raise
         except Exception as error:
             raise ConfigError(
-                f"the encoder `{self.name}` fails on images {list(images.shape)} ({type(error).__name__}: {error})"
+                f"the encoder `{self.name}` fails on images {list(images.shape)} ({_in_a_line(error)})"
             ) from error
         if not tokens.isfinite().all():
             raise ConfigError(f"the encoder `{self.name}` returns tokens that are not finite")
@@ -109,9 +109,13 @@ def own_encoder(module: "nn.Module", version: str | None = None, name: str | Non
         name: what messages and manifests call it; by default its class.
 
     Raises:
-        ConfigError: no version, or an attribute that is not what it should be.
+        ConfigError: no module, no version, or an attribute that is not what it should be.
     """
+    from torch import nn
+
     name = name or class_name(module)
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"the encoder `{name}` is a {type(module).__name__} and no torch.nn.Module")
     version = getattr(module, "version", None) if version is None else version
     if not isinstance(version, str) or not version:
         raise ConfigError(
@@ -130,8 +134,6 @@ def find_entry_point(name: str) -> OwnEncoder | None:
     Raises:
         ConfigError: several packages offer the name, or what it names makes no module.
     """
-    from torch import nn
-
     found = list(entry_points(group=ENTRY_POINTS, name=name))
     if not found:
         return None
@@ -144,10 +146,8 @@ def find_entry_point(name: str) -> OwnEncoder | None:
         raise
     except Exception as error:
         raise ConfigError(
-            f"the encoder `{name}` cannot be made by its entry point {found[0].value} ({type(error).__name__}: {error})"
+            f"the encoder `{name}` cannot be made by its entry point {found[0].value} ({_in_a_line(error)})"
         ) from error
-    if not isinstance(module, nn.Module):
-        raise ConfigError(f"the entry point {found[0].value} of the encoder `{name}` returns no torch.nn.Module")
     return own_encoder(module, name=name)
 
 
@@ -185,6 +185,10 @@ def evaluating(module: "nn.Module") -> Iterator[None]:
 
 def _device(module: "nn.Module") -> "torch.device | str":
     return next((tensor.device for tensor in module.state_dict().values()), "cpu")
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def class_name(module: "nn.Module") -> str:

@@ -49,7 +49,7 @@ def read_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def check_weights(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str) -> None:
+def check_weights(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str, what: str = "this model") -> None:
     """`CorruptData` unless `state` has the names and shapes of `own`: it names what differs, and what was meant."""
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     faults = [f"has the unknown `{name}`{_meant(name, missing)}" for name in unknown[:_SHOWN_FAULTS]]
@@ -60,7 +60,7 @@ def check_weights(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where:
     faults += [f"lacks `{name}`" for name in missing]
     if faults:
         more = [f"and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []
-        raise CorruptData(f"{where} does not fit this model: it {'; '.join([*faults[:_SHOWN_FAULTS], *more])}")
+        raise CorruptData(f"{where} does not fit {what}: it {'; '.join([*faults[:_SHOWN_FAULTS], *more])}")
 
 
 def _meant(name: str, missing: list[str]) -> str:

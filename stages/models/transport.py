@@ -96,7 +96,7 @@ class Transport:
         if not bool(torch.isfinite(self.weight(ends)).all()):
             raise ConfigError(
                 f"`loss_weight` {self.loss_weight} is infinite at t = 0 for {self.prediction} prediction on the"
-                f" {self.path_type} path; take `loss_weight: velocity`, the noise prediction, or the VP path"
+                f" {self.path_type} path: take `loss_weight: velocity`, `prediction: noise`, or `path_type: VP`"
             )
 
     def coefficients(self, t: Tensor, like: Tensor | None = None) -> Coefficients:

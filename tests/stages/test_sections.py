@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from rae.stages.models.sizes import DIT_SIZES, VIT_SIZES
+from rae.stages.models.transport import create_transport
 from rae.stages.sections import EncodeSection, SampleSection, TrainDecoderSection, TrainDitSection
 from rae.store.errors import ConfigError
 
@@ -19,6 +20,31 @@ def test_a_transformer_narrower_than_a_token_is_refused() -> None:
     with pytest.raises(ConfigError, match="the transformer is 32 wide"):
         plain.check_width(36)
     plain.model_copy(update={"allow_narrow": True}).check_width(36)
+
+
+def test_a_plain_transformer_takes_its_sizes_without_brackets() -> None:
+    plain = TrainDitSection(model="LightningDiT", steps=1, hidden_size=32, depth=2, num_heads=4)
+    assert (plain.hidden_size, plain.depth, plain.num_heads) == ((32,), (2,), (4,))
+    with pytest.raises(ValidationError, match=r"`hidden_size` needs 2 number\(s\) for DiT-DH, got \[32\]"):
+        TrainDitSection(steps=1, hidden_size=32)
+
+
+@pytest.mark.parametrize("path_type", ["Linear", "GVP", "VP"])
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score", "data"])
+@pytest.mark.parametrize("loss_weight", [None, "velocity", "likelihood"])
+def test_a_loss_that_the_transport_refuses_is_refused_before_torch_is_loaded(
+    path_type: str, prediction: str, loss_weight: str | None
+) -> None:
+    def refusal(make: Any) -> str:
+        try:
+            make(path_type=path_type, prediction=prediction, loss_weight=loss_weight)
+        except ConfigError as error:
+            return error.message
+        except ValidationError as error:
+            return str(error.errors()[0]["ctx"]["error"])
+        return ""
+
+    assert refusal(create_transport) == refusal(lambda **choice: TrainDitSection(steps=1, **choice))
 
 
 def test_what_does_not_change_the_result_stays_out_of_the_recipe() -> None:
@@ -37,7 +63,7 @@ def test_what_does_not_change_the_result_stays_out_of_the_recipe() -> None:
         ({"sampler": "sde", "rtol": 1e-4}, "`rtol` belongs to `sampler: adaptive`"),
         ({"sampler": "heun", "diffusion_form": "SBDM"}, "`diffusion_form` belongs to `sampler: sde`"),
         ({"sampler": "adaptive", "last_step": None}, "`last_step` belongs to `sampler: sde`"),
-        ({"sampler": "adaptive", "num_steps": 20}, "`num_steps` belongs to"),
+        ({"sampler": "adaptive", "num_steps": 20}, "`num_steps` belongs to .*, not to adaptive: leave it at 50"),
         ({"sampler": "sde", "last_step": None, "last_step_size": 0.1}, "`last_step_size` is the size of a `last_step`"),
         ({"sampler": "sde", "num_steps": 2}, "needs 3 points or more"),
         ({"guide": "dit/early"}, "`guide` has no effect at `guidance_scale` 1"),

@@ -56,5 +56,5 @@ def test_only_training_moves_the_spectral_norms(discriminator: DinoDiscriminator
 def test_other_backbones_are_refused(discriminator: DinoDiscriminator, tmp_path: Path) -> None:
     weights = DinoDiscriminator("S_8").backbone.state_dict()
     torch.save(weights, tmp_path / "dino.pth")
-    with pytest.raises(CorruptData, match="does not hold the discriminator's backbone"):
+    with pytest.raises(CorruptData, match="does not fit the discriminator's backbone"):
         discriminator.load_backbone(tmp_path / "dino.pth")

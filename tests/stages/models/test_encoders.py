@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 
+import rae as api
 from rae.stages.models.encoders import Encoder, describe, encoder_geometry, load_encoder
 from rae.stages.models.geometry import input_size_for
 from rae.stages.models.weights import locate_encoder
@@ -309,7 +310,7 @@ class TestTimm:
         save_file({"a": torch.ones(1)}, weights)
         with pytest.raises(ConfigError, match="did you mean `resnet10t`"):
             encoder_geometry(locate_encoder("timm:resnet10x", str(weights)), 64)
-        with pytest.raises(CorruptData, match="does not hold the weights of timm's `resnet10t`"):
+        with pytest.raises(CorruptData, match="does not fit timm's `resnet10t`: it has the unknown"):
             load_encoder(locate_encoder("timm:resnet10t", str(weights)), 64)
         with pytest.raises(ConfigError, match="takes images of 224 pixels only"):
             encoder_geometry(locate_encoder("timm:beit_base_patch16_224", str(weights)), 64)
@@ -369,3 +370,26 @@ def test_folder_without_preprocessing_is_refused(tmp_path: Path) -> None:
     files = locate_encoder(str(folder))
     with pytest.raises(MissingInput, match="mean and std"):
         load_encoder(files)
+
+
+def test_arrays_are_encoded_at_the_size_that_the_pipeline_takes_for_images_of_theirs(tmp_path: Path) -> None:
+    folder = str(dinov2(tmp_path))  # patches of 8 pixels, so that images of 64 are seen at 32
+    files = locate_encoder(folder)
+    expected = load_encoder(files, input_size_for(files, 64))(images(size=64))
+    assert expected.shape == (2, 32, 4, 4)
+    torch.testing.assert_close(api.encode(images(size=64), folder), expected)
+    assert api.encode(images(size=64), folder, input_size=64).shape == (2, 32, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"torch\.uint8 \[2, 3, 8, 8\]"),
+        (np.zeros((2, 3, 8, 8), np.float32), r"float32 \[2, 3, 8, 8\]"),
+        (torch.zeros(3, 8, 8), r"torch\.float32 \[3, 8, 8\]"),
+        ("photo.png", "a str"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_not_encoded(batch: Any, found: str) -> None:
+    with pytest.raises(ConfigError, match=f"images are a float tensor .* in \\[0, 1\\] .* and these are {found}"):
+        api.encode(batch, "efficientnet-lite0")

@@ -169,6 +169,11 @@ def test_what_is_no_tokens_is_refused_before_anything_is_encoded(answer: Any, sa
         load_encoder(own_encoder(Answer(answer)), 32)
 
 
+def test_a_function_is_no_module() -> None:
+    with pytest.raises(ConfigError, match=r"is a function and no torch\.nn\.Module"):
+        own_encoder(images, version="1")  # type: ignore[arg-type]
+
+
 def test_feature_index_is_timms() -> None:
     with pytest.raises(ConfigError, match="`feature_index` chooses a map of a timm encoder"):
         encoder_geometry(own_encoder(Patches()), 32, feature_index=1)
@@ -185,7 +190,7 @@ def mean():
     return Mean(8)
 
 def broken():
-    raise RuntimeError("no weights here")
+    raise RuntimeError("no weights\\nhere")
 
 def words():
     return "words"
@@ -222,7 +227,7 @@ def test_an_entry_point_is_found_by_its_name() -> None:
     [
         ("broken", r"cannot be made by its entry point averages:broken \(RuntimeError: no weights here\)"),
         ("missing", r"cannot be made by its entry point averages:missing \(AttributeError"),
-        ("words", r"entry point averages:words of the encoder `words` returns no torch\.nn\.Module"),
+        ("words", r"the encoder `words` is a str and no torch\.nn\.Module"),
         ("meen", "or an entry point of the group `rae.encoders`; did you mean `mean`"),
     ],
 )

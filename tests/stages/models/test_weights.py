@@ -284,3 +284,13 @@ class TestGeometryOfFolders:
         files = locate_encoder(str(model_folder(tmp_path, {"model_type": "dinov2"})))
         with pytest.raises(CorruptData, match="no usable `hidden_size`"):
             encoder_geometry(files)
+
+
+def test_an_unknown_name_is_refused_without_torch() -> None:
+    script = (
+        "import sys\nfrom rae.stages.models.weights import locate_encoder\nfrom rae.store.errors import ConfigError\n"
+        "try:\n    locate_encoder('efficientnet-lite')\nexcept ConfigError:\n    print('torch' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "False\n"
+    )

@@ -299,4 +299,4 @@ class TestCommand:
 
     def test_refuses_another_network(self, rae_with: Callable[..., Rae], dino: Path) -> None:
         words = self.words(f"train_decoder.disc_weights={dino}", "train_decoder.recipe=S_8")
-        rae_with("shards").verb("train-decoder", *words).refused(5, "does not hold the discriminator's backbone")
+        rae_with("shards").verb("train-decoder", *words).refused(5, "does not fit the discriminator's backbone")
