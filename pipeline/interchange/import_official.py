@@ -42,7 +42,7 @@ class Official:
 
     @cached_property
     def given(self) -> Json:
-        """What the configuration file says; an empty mapping without one."""
+        """What the configuration file says; an empty mapping without one. Raises as `read_mapping` does."""
         return read_mapping(self.config) if self.config else {}
 
     @property
@@ -65,6 +65,13 @@ def import_official(official: Official, workspace: Workspace, options: Options) 
         StaleInput: an encoder of other tokens.
         CorruptData: the file is no checkpoint of these models.
     """
+    if official.name is not None:
+        check_name(official.name)
+    for path in official.files.values():
+        if not path.is_file():
+            raise MissingInput(f"there is no file {path}")
+    _ = official.given  # a typing error should not wait for torch
+
     from rae.stages.models.official import read_checkpoint
 
     checkpoint = read_checkpoint(official.file, official.weights)
@@ -72,9 +79,9 @@ def import_official(official: Official, workspace: Workspace, options: Options) 
         return _import_backbone(official, checkpoint, options)
     if official.out is not None or official.name is None:
         raise ConfigError(
-            f"{official.file} holds a {checkpoint.kind}, which becomes an artifact: name it with `--name`"
+            f"{official.file} holds a {checkpoint.kind}, which becomes an artifact and no file: name it with `--name`,"
+            " and leave out `--out`"
         )
-    check_name(official.name)
     outcome = (_import_decoder if checkpoint.kind == "decoder" else _import_dit)(
         official, official.name, checkpoint, workspace, options
     )
@@ -141,10 +148,11 @@ def _import_backbone(official: Official, checkpoint: "Checkpoint", options: Opti
     from rae.stages.models.saving import save_weights
 
     out = official.out
-    if out is None or any(given is not None for given in (official.name, official.stats, official.encoder)):
+    others = (official.name, official.stats, official.encoder, official.config)
+    if out is None or any(given is not None for given in others):
         raise ConfigError(
             f"{official.file} holds the backbone of the discriminator, which is no artifact but a file: say where to"
-            " write it with `--out disc.safetensors`, and leave out `--name`, `--stats` and `--encoder`"
+            " write it with `--out disc.safetensors`, and leave out `--name`, `--stats`, `--encoder` and `--config`"
         )
     if out.suffix != ".safetensors":
         raise ConfigError(f"`--out {out}` must end in .safetensors, which is what is written")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from rae.pipeline.config import PipelineConfig, validated
-from rae.pipeline.interchange.official_keys import ADAPTIVE, GAN, OLDER, SCHEDULER, SDE, TRAINING, Reading
+from rae.pipeline.config import PipelineConfig, closest, validated
+from rae.pipeline.interchange.official_keys import ADAPTIVE, GAN, ODE_METHODS, OLDER, SCHEDULER, SDE, TRAINING, Reading
 from rae.pipeline.interchange.official_yaml import (
     DECODER_FOLDERS,
     SHIFT_BASE,
@@ -23,6 +23,7 @@ from rae.pipeline.interchange.official_yaml import (
     read_mapping,
     time_dist_shift,
 )
+from rae.stages.models.model_folder import read_json
 from rae.store.artifacts import check_name
 from rae.store.errors import ConfigError
 
@@ -75,8 +76,7 @@ def _encode(reading: Reading) -> int:
     for key in ("encoder_cls", "encoder_config_path", "encoder_params.dinov2_path", "encoder_params.model_name"):
         reading.take(f"stage_1.params.{key}")
     input_size = int(reading.number("stage_1.params.encoder_input_size", 224))
-    stated = re.search(r"patch(\d+)", name)
-    patch_size = int(stated[1]) if stated else 14 if "dinov2" in name else 16
+    patch_size = _patch_size(name)
     if input_size % patch_size:
         raise ConfigError(
             f"`encoder_input_size` {input_size} is not a multiple of the {patch_size} px patches of {name}"
@@ -86,6 +86,18 @@ def _encode(reading: Reading) -> int:
     reading.put("encode", "image_size", grid * int(reading.number("stage_1.params.decoder_patch_size", 16)))
     reading.put("encode", "encoder_input_size", input_size)
     return grid
+
+
+def _patch_size(encoder: str) -> int:
+    """Pixels along a side of an encoder's patches: as its folder says, else as hub ids of its family mean it."""
+    config = Path(encoder).expanduser() / "config.json"
+    if config.is_file():
+        settings = read_json(config)
+        return int(
+            number(part(settings, "vision_config").get("patch_size", settings.get("patch_size", 16)), str(config))
+        )
+    stated = re.search(r"patch(\d+)", encoder)
+    return int(stated[1]) if stated else 14 if "dinov2" in encoder else 16
 
 
 def _training(reading: Reading, section: str) -> None:
@@ -164,9 +176,10 @@ def _shift(reading: Reading) -> float | None:
 
 
 def _sample(reading: Reading, path: Path) -> None:
-    section, is_sde = "sample", str(reading.take("sampler.mode", "ODE")).upper() == "SDE"
-    method = str(reading.take("sampler.params.sampling_method", "dopri5")).lower()
-    sampler = "sde" if is_sde else {"euler": "euler", "heun2": "heun"}.get(method, "adaptive")
+    section, is_sde = "sample", _word(reading, "sampler.mode", "ODE", ("ode", "sde")) == "sde"
+    known = ("euler", "heun") if is_sde else tuple(ODE_METHODS)
+    method = _word(reading, "sampler.params.sampling_method", "euler" if is_sde else "dopri5", known)
+    sampler = "sde" if is_sde else ODE_METHODS[method]
     reading.put(section, "sampler", sampler)
     if is_sde:
         if method == "heun":
@@ -179,7 +192,9 @@ def _sample(reading: Reading, path: Path) -> None:
         reading.put(section, "num_steps", reading.take("sampler.params.num_steps"))
     for key in ("num_steps", "atol", "rtol"):  # of no effect on this sampler, officially too
         reading.take(f"sampler.params.{key}")
-    scale, method = reading.number("guidance.scale", 1.0), reading.take("guidance.method", "cfg")
+    scale = reading.number("guidance.scale", 1.0)
+    method = _word(reading, "guidance.method", "cfg", ("cfg", "autoguidance")) if scale > 1 else None
+    reading.take("guidance.method")
     low, high = (
         reading.number(f"guidance.t_{end}", reading.number(f"guidance.t-{end}", default))
         for end, default in (("min", 0.0), ("max", 1.0))
@@ -190,6 +205,13 @@ def _sample(reading: Reading, path: Path) -> None:
         if method == "autoguidance":
             _import_dit(reading, "guidance.guidance_model", "guide", path)
     reading.take_below("guidance.guidance_model")
+
+
+def _word(reading: Reading, key: str, default: str, known: tuple[str, ...]) -> str:
+    word = str(reading.take(key, default)).lower()
+    if word not in known:
+        raise ConfigError(f"`{key}` is {word!r}; what has a counterpart is {', '.join(known)}{closest(word, [*known])}")
+    return word
 
 
 def _import_dit(reading: Reading, where: str, ours: str, path: Path) -> None:

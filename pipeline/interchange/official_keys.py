@@ -76,6 +76,8 @@ SDE: Keys = (
     ("sampler.params.diffusion_norm", "diffusion_norm", None),
     ("sampler.params.last_step_size", "last_step_size", None),
 )
+# torchdiffeq's names of methods, and our samplers.
+ODE_METHODS: Mapping[str, str] = {"euler": "euler", "heun2": "heun", "dopri5": "adaptive"}
 # Keys with the one value that has a meaning here, which need not be said.
 ALWAYS: Mapping[str, Any] = {
     "stage_1.target": "stage1.RAE",

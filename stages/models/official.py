@@ -4,6 +4,7 @@ Names of tensors are the same there and here, so what is left is to tell the mod
 the tensors' shapes.
 """
 
+import errno
 import math
 import pickle
 import zipfile
@@ -17,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder
-from rae.stages.models.discriminator import BACKBONES, DinoDiscriminator
 from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.saving import check_weights
 from rae.stages.models.sizes import VIT_SIZES
@@ -29,6 +29,8 @@ State = Mapping[str, Tensor]
 
 # A tensor that each kind of model has, and no other.
 _MARKS: dict[Kind, str] = {"decoder": "decoder_", "dit": "x_embedder.", "backbone": "patch_embed."}
+# What torch's wrappers put before every name: `torch.compile`, and DistributedDataParallel.
+_WRAPPERS = ("_orig_mod.", "module.")
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,10 @@ def read_tensors(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of a file that is cut off: its beginning is looked for before it
+            raise
+        raise CorruptData(f"{path} cannot be read as weights: it is cut off") from error
     except pickle.UnpicklingError as error:
         raise CorruptData(
             f"{path} is no checkpoint of plain tensors: it is damaged, or a pickle that would run code, which is never"
@@ -102,6 +106,9 @@ def read_checkpoint(path: Path, weights: Literal["ema", "model"] | None = None) 
     state = value[chosen] if sets else value
     if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()):
         raise CorruptData(f"{path} holds other things than tensors by name")
+    for wrapper in (*_WRAPPERS, *_WRAPPERS):  # either may be inside the other
+        if all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
     if any(name.startswith("decoder.decoder_") for name in state):  # a whole autoencoder; its encoder is frozen
         state = {name.removeprefix("decoder."): value for name, value in state.items() if name.startswith("decoder.")}
     kinds = [kind for kind, mark in _MARKS.items() if any(name.startswith(mark) for name in state)]
@@ -110,7 +117,15 @@ def read_checkpoint(path: Path, weights: Literal["ema", "model"] | None = None) 
             f"{path} holds no model of the release (a decoder, a DiT, or DINO's ViT for the discriminator); its first"
             f" tensors are {', '.join(f'`{name}`' for name in list(state)[:3])}"
         )
-    return Checkpoint(path, kinds[0], {name: tensor.float() for name, tensor in state.items()}, chosen)
+    return Checkpoint(path, kinds[0], {name: _floats(path, name, tensor) for name, tensor in state.items()}, chosen)
+
+
+def _floats(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise CorruptData(f"{path} holds `{name}` as {tensor.dtype}, which no weights of the release are")
+    if not bool(tensor.isfinite().all()):
+        raise CorruptData(f"{path} holds `{name}` with values that are not finite: a training that failed, or damage")
+    return tensor.float()
 
 
 def read_stats(path: Path, latent_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -248,6 +263,8 @@ def check_backbone(checkpoint: Checkpoint) -> str:
 
     Raises `CorruptData` unless the tensors are exactly those of one of them.
     """
+    from rae.stages.models.discriminator import BACKBONES, DinoDiscriminator  # timm, seconds that others do without
+
     width, _, patch_size, _ = checkpoint.shape("patch_embed.proj.weight", 4)
     sizes = {name: (size["embed_dim"], size["patch_size"]) for name, size in BACKBONES.items()}
     for name, size in sizes.items():

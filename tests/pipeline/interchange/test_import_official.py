@@ -186,6 +186,8 @@ def test_a_transformer_without_statistics_is_refused_with_the_next_command(impor
 
 def test_what_cannot_be_imported_is_refused_by_name(rae: Any, importing: Any, release: Release, tmp_path: Path) -> None:
     importing(release.model).refused(2, "--name")
+    importing(release.model, "--name", "x", "--out", "x.safetensors").refused(2, "leave out `--out`")
+    importing(release.model, "--name", "x", "--config", tmp_path / "nothing.yaml").refused(3, "nothing.yaml")
     importing(release.model, "--name", "../x").refused(2, "can't be a name")
     importing(tmp_path / "nothing.pt", "--name", "x").refused(3, "nothing.pt")
     importing(release.stat, "--name", "x").refused(5, "`mean`")

@@ -251,11 +251,34 @@ def test_values_are_checked_like_any_configuration(converted: Any) -> None:
         "training.epochs",
         "training.scheduler.type",
         "sampler.params.num_steps",
+        "sampler.params.sampling_method",
+        "sampler.mode",
     ],
 )
 def test_a_value_that_makes_no_sense_is_named(converted: Any, key: str) -> None:
     with pytest.raises(ConfigError, match=r"nonsense"):
         converted(DIT_TRAINING, {key: ["nonsense", "nonsense"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sampler.params.sampling_method": "rk4"}, "`sampler.params.sampling_method` is 'rk4'; .* dopri5"),
+        ({"sampler": {"mode": "SDE", "params": {"sampling_method": "euler2"}}}, "did you mean `euler`"),
+        ({"guidance.method": "autoguidence", "guidance.scale": 1.5}, "did you mean `autoguidance`"),
+    ],
+)
+def test_a_method_without_counterpart_is_refused(converted: Any, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        converted(DIT_TRAINING, changes)
+
+
+def test_an_encoder_in_a_folder_says_its_patches_itself(converted: Any, tmp_path: Path) -> None:
+    for text, patch_size in (('{"patch_size": 8}', 8), ('{"vision_config": {"patch_size": 32}}', 32), ("{}", 16)):
+        (tmp_path / "config.json").write_text(text)
+        encoder = {"stage_1.params.encoder_params": {"dinov2_path": str(tmp_path)}}
+        section = converted(DIT_TRAINING, encoder).settings["encode"]
+        assert section["image_size"] == 224 // patch_size * 16
 
 
 def test_what_the_official_classes_are_built_with_by_default_is_written_out(converted: Any) -> None:

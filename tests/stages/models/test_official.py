@@ -186,6 +186,11 @@ def test_code_in_a_checkpoint_is_refused_in_one_sentence(
         ({"decoder_embed.weight": "text"}, "other things than tensors"),
         ([torch.ones(1)], "no tensors by name"),
         ({"decoder_norm.weight": torch.ones(3)}, "lacks `decoder_embed.weight`"),
+        ({"decoder_norm.weight": torch.ones(3, dtype=torch.int64)}, r"`decoder_norm.weight` as torch\.int64"),
+        (
+            {"decoder_norm.weight": torch.tensor([1, torch.nan])},
+            "`decoder_norm.weight` with values that are not finite",
+        ),
         ({"decoder_embed.weight": torch.ones(3)}, r"`decoder_embed.weight` as \[3\]"),
     ],
 )
@@ -208,6 +213,23 @@ def test_a_damaged_checkpoint_is_refused_wherever_the_damage_lies(legacy: bool, 
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         with contextlib.suppress(CorruptData):  # a flipped byte of a value is another value
             read_checkpoint(path)
+
+
+def test_a_large_checkpoint_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"decoder_embed.weight": torch.ones(100_000)}, path)
+    path.write_bytes(path.read_bytes()[:5000])  # torch looks for the archive's end before its beginning
+    with pytest.raises(CorruptData, match=r"model\.pt"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_lose_what_training_put_before_them(wrapper: str, saved: Any) -> None:
+    state = dit_state()
+    checkpoint = read_checkpoint(saved({"model": {f"{wrapper}{name}": value for name, value in state.items()}}))
+    assert checkpoint.kind == "dit"
+    assert checkpoint.state.keys() == state.keys()
+    assert infer_dit(checkpoint) == infer_dit(read_checkpoint(saved(state)))
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(saved: Any) -> None:
