@@ -193,7 +193,7 @@ def _sample(reading: Reading, path: Path) -> None:
     for key in ("num_steps", "atol", "rtol"):  # of no effect on this sampler, officially too
         reading.take(f"sampler.params.{key}")
     scale = reading.number("guidance.scale", 1.0)
-    method = _word(reading, "guidance.method", "cfg", ("cfg", "autoguidance")) if scale > 1 else None
+    guidance = _word(reading, "guidance.method", "cfg", ("cfg", "autoguidance")) if scale > 1 else "none"
     reading.take("guidance.method")
     low, high = (
         reading.number(f"guidance.t_{end}", reading.number(f"guidance.t-{end}", default))
@@ -202,7 +202,7 @@ def _sample(reading: Reading, path: Path) -> None:
     if scale > 1:  # officially, less is no guidance either
         reading.put(section, "guidance_scale", scale)
         reading.put(section, "guidance_interval", [low, high])
-        if method == "autoguidance":
+        if guidance == "autoguidance":
             _import_dit(reading, "guidance.guidance_model", "guide", path)
     reading.take_below("guidance.guidance_model")
 
