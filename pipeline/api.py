@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -85,18 +86,42 @@ def encode(
         return own.tokens(resized(batch, input_size or own.input_size or int(batch.shape[-1]))).float()
 
 
-def load_decoder(ref: str, workspace: str | None = None, weights: "Weights" = "ema", device: str = "cpu") -> "Decoder":
+def load_decoder(
+    ref: str,
+    workspace: str | None = None,
+    weights: "Weights" = "ema",
+    device: str = "cpu",
+    step: 'int | Literal["latest"] | None' = None,
+) -> "Decoder":
     """A trained decoder: `decoder(tokens)` gives images [B, 3, S, S] in [0, 1] for raw tokens [B, C, H, W].
 
-    `ref` is a name, id or path; `weights` the averaged ones or those of the last step. Raises `MissingInput` if there
-    is none, `CorruptData` if it can't be read.
+    `ref` is a name, id or path; `weights` the averaged ones or those of the last step. With `step`, the model as its
+    training has it there, from a milestone or a checkpoint, be the training done or not; "latest" is the newest. Raises
+    `MissingInput` if there is none, `CorruptData` if it can't be read.
     """
     from rae.stages.models.trained import Decoder
 
-    return Decoder.load(_workspace(workspace).resolve(ref, "decoder").payload, weights, device)
+    return Decoder.load(_payload(ref, "decoder", workspace, weights, step), weights, device)
 
 
-def load_dit(ref: str, workspace: str | None = None, weights: "Weights" = "ema", device: str = "cpu") -> "Dit":
+def _payload(
+    ref: str, kind: str, workspace: str | None, weights: "Weights", step: 'int | Literal["latest"] | None'
+) -> Path:
+    from rae.pipeline.longer_runs import snapshot_of
+
+    place = _workspace(workspace)
+    if step is None:
+        return place.resolve(ref, kind).payload
+    return snapshot_of(place, ref, kind, None if step == "latest" else step, weights).folder
+
+
+def load_dit(
+    ref: str,
+    workspace: str | None = None,
+    weights: "Weights" = "ema",
+    device: str = "cpu",
+    step: 'int | Literal["latest"] | None' = None,
+) -> "Dit":
     """A trained transformer: `dit(x, t, y)` is the velocity at whitened latents x [B, C, H, W], the shape of x.
 
     Times t [B] are in [0, 1], 1 being noise; labels y int64 [B], `dit.num_classes` being none. Trained with another
@@ -104,7 +129,7 @@ def load_dit(ref: str, workspace: str | None = None, weights: "Weights" = "ema",
     """
     from rae.stages.models.trained import Dit
 
-    return Dit.load(_workspace(workspace).resolve(ref, "dit").payload, weights, device)
+    return Dit.load(_payload(ref, "dit", workspace, weights, step), weights, device)
 
 
 def load_autoencoder(

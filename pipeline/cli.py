@@ -172,7 +172,33 @@ def encode_command(
 
 _stage_command("train_decoder", "Train the ViT decoder that turns tokens back into pixels.")
 _stage_command("train_dit", "Train the diffusion transformer on the stored latents.")
-_stage_command("sample", "Draw latents from the transformer and decode them to images.")
+
+
+@app.command("sample")
+def sample_command(
+    config: Config,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    overrides: Set = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="step=N|latest", help="Of a run that may still be training; leaves it alone.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    device: Device = "auto",
+) -> None:
+    """Draw latents from the transformer and decode them to images."""
+    from rae.pipeline import runner
+
+    pipeline, options = _prepare(config, workspace, overrides, as_json, quiet, restart, device)
+    pipeline.checkpoint = checkpoint
+    if dry_run:
+        _show_plan(pipeline, ["sample"], options)
+        return
+    _show_outcome(runner.run_verb(pipeline, "sample", options), options)
+
+
 _stage_command("evaluate", "Score reconstructions and samples; draws the samples if they are missing.")
 
 

@@ -78,6 +78,8 @@ class Task:
     """One stage of one configuration: what would be made, from what, and how.
 
     `unit(device, number)`, of a stage whose work can be spread over processes, does a unit of it; it can be pickled.
+    `milestones` are steps of a training to be published while it goes on. `name` is what the artifact is to be called
+    where that is not the configuration's.
     """
 
     stage: Stage
@@ -85,17 +87,25 @@ class Task:
     inputs: dict[str, Artifact]
     run: Callable[[Job], Result]
     unit: Callable[[str, int], None] | None = None
+    milestones: frozenset[int] = frozenset()
+    name: str | None = None
 
 
 class Pipeline:
     """A configuration in a workspace, asked stage by stage."""
 
     def __init__(
-        self, config: PipelineConfig, workspace: Workspace, words: list[str], encoder: OwnEncoder | None = None
+        self,
+        config: PipelineConfig,
+        workspace: Workspace,
+        words: list[str],
+        encoder: OwnEncoder | None = None,
+        checkpoint: str | None = None,
     ) -> None:
         self.config = config
         self.workspace = workspace
         self.words = words  # how the person named the configuration, for the commands that messages suggest
+        self.checkpoint = checkpoint  # `step=N` or `latest`: samples of a transformer that may still be training
         self._encoder = encoder  # a module in place of what `encode.encoder` names
 
     @property

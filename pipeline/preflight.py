@@ -5,6 +5,7 @@ Every check is cheap: settings against each other, and whether files and artifac
 
 from collections.abc import Callable, Iterator
 
+from rae.pipeline import longer_runs
 from rae.pipeline.plan import Pipeline
 from rae.pipeline.tasks import evaluation_lpips, extractor_files
 from rae.stages.models.weights import locate_dino, locate_lpips
@@ -79,8 +80,21 @@ def _discriminator(pipeline: Pipeline) -> None:
         locate_dino(section.recipe, section.disc_weights)
 
 
+def _origins_of(stage: longer_runs.Trainer) -> Callable[[Pipeline], None]:
+    def check(pipeline: Pipeline) -> None:
+        config = {stage: getattr(pipeline.config, stage).in_recipe()}
+        longer_runs.check_continues({"config": config}, longer_runs.origins(pipeline, stage))
+
+    return check
+
+
 def _train_dit(pipeline: Pipeline) -> None:
     section = pipeline.section("train_dit", TrainDitSection)
+    step = longer_runs.own_guide(pipeline)
+    if step is not None and section.steps is not None and step >= section.steps:
+        raise ConfigError(
+            f"`sample.guide` is the milestone of step {step}, and training ends with step {section.steps}"
+        )
     if section.latents is not None:
         pipeline.workspace.resolve(section.latents, "latents")
     elif pipeline.config.encode is not None:
@@ -112,7 +126,12 @@ def _guide(pipeline: Pipeline) -> None:
     section = pipeline.section("sample", SampleSection)
     if section.guide is None:
         return
-    guide = pipeline.workspace.resolve(section.guide, "dit").manifest
+    if section.dit is not None or _is_done(pipeline, "train_dit"):
+        guide = longer_runs.guide(pipeline, longer_runs.sampled(pipeline).run).manifest
+    elif longer_runs.own_guide(pipeline) is not None:
+        return  # a milestone of the training that is still to be done
+    else:
+        guide = pipeline.workspace.resolve(section.guide, "dit").manifest
     if section.dit is not None:
         dit = pipeline.workspace.resolve(section.dit, "dit").manifest
         config, latents = dit.config.get("train_dit"), dit.inputs.get("latents")
@@ -157,8 +176,8 @@ def _distance(pipeline: Pipeline) -> None:
 
 _CHECKS: dict[str, tuple[Callable[[Pipeline], object], ...]] = {
     "encode": (_images, _encoder),
-    "train_decoder": (_images, _encoder, _crops, _perceptual, _discriminator),
-    "train_dit": (_train_dit,),
+    "train_decoder": (_images, _encoder, _crops, _perceptual, _discriminator, _origins_of("train_decoder")),
+    "train_dit": (_train_dit, _origins_of("train_dit")),
     "sample": (_sample, _guide),
     "evaluate": (_held_out, _extractor, _distance),
 }

@@ -6,7 +6,8 @@ import hashlib
 import os
 import platform
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -16,9 +17,9 @@ from rae.pipeline.console import Console
 from rae.pipeline.plan import STAGES, Pipeline, Stage, Task
 from rae.pipeline.stopping import again
 from rae.pipeline.tasks import shards_task
-from rae.stages.job import Job, Result
+from rae.stages.job import Job, Publish, Result
 from rae.stages.sections import ShardsSection
-from rae.store.artifacts import Artifact, Work, Workspace, read_artifact
+from rae.store.artifacts import Artifact, Run, Work, Workspace, read_artifact
 from rae.store.errors import ConfigError, CorruptData, MissingInput, PartialResult, RaeError, StaleInput
 from rae.store.manifest import Json, Manifest, canonical, differing_fields
 from rae.store.publish import fsync_folder, publish_bytes
@@ -109,7 +110,8 @@ def convert(section: ShardsSection, out: str, options: Options) -> Outcome:
 def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
     """Find the stage's artifact or make it."""
     try:
-        return make(pipeline.workspace, pipeline.config.name, pipeline.task(stage.name), options)
+        task = pipeline.task(stage.name)
+        return make(pipeline.workspace, task.name or pipeline.config.name, task, options)
     except OSError as error:
         raise explained(error, options.command) or error from error
     except PartialResult as error:
@@ -126,6 +128,7 @@ def make(workspace: Workspace, name: str, task: Task, options: Options) -> Outco
             if processes.is_main:
                 workspace.name(found, name)
             console.reused(stage.verb, found)
+            _say_milestones(workspace, task, found, options)
             return Outcome(found, reused=True)
         console.begins(stage.verb)
         inputs = {role: artifact.as_input() for role, artifact in task.inputs.items()}
@@ -133,7 +136,9 @@ def make(workspace: Workspace, name: str, task: Task, options: Options) -> Outco
         work = processes.broadcast(begin() if processes.is_main else None)
         assert work is not None
         try:
-            manifest = _run(task, work, launch.device_of(options.device), options)
+            missing = processes.broadcast(_missing_milestones(workspace, task, work) if processes.is_main else None)
+            publish = partial(_publish_milestone, workspace, task, work, options)
+            manifest = _run(task, work, launch.device_of(options.device), options, missing or frozenset(), publish)
         except BaseException:
             if processes.is_main:
                 workspace.abandon(work)
@@ -146,7 +151,38 @@ def make(workspace: Workspace, name: str, task: Task, options: Options) -> Outco
     return Outcome(artifact, reused=False)
 
 
-def _run(task: Task, work: Work, device: str, options: Options) -> Manifest:
+def _missing_milestones(workspace: Workspace, task: Task, work: Work) -> frozenset[int]:
+    """The milestones of a training that are still to be published; its last step needs no publication of its own."""
+    run = Run(work.kind, work.recipe, work.folder)
+    return frozenset(step for step in task.milestones if workspace.milestone(run, step) is None)
+
+
+def _publish_milestone(
+    workspace: Workspace, task: Task, run: Work, options: Options, step: int, write: Callable[[Path], Result]
+) -> None:
+    work = workspace.begin_milestone(run, step)
+    started, device = datetime.datetime.now(datetime.UTC), launch.device_of(options.device)
+    made = workspace.publish(work, _manifest(task, work, write(work.attempt), started, device, options))
+    options.console.say(f"{task.stage.verb}: published {run.kind}/{work.name}, {made.kind}/{made.id}")
+
+
+def _say_milestones(workspace: Workspace, task: Task, found: Artifact, options: Options) -> None:
+    """Tell which milestones a finished training lacks: it can't publish them any more."""
+    run = Run(found.kind, found.manifest.recipe, found.folder)
+    if missing := [str(step) for step in sorted(task.milestones) if workspace.milestone(run, step) is None]:
+        options.console.say(
+            f"{task.stage.verb}: it published nothing at step {', '.join(missing)}, which was not asked for in time"
+        )
+
+
+def _run(
+    task: Task,
+    work: Work,
+    device: str,
+    options: Options,
+    milestones: frozenset[int] = frozenset(),
+    publish: Publish | None = None,
+) -> Manifest:
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
     with options.console.progress(task.stage.verb) as progress, stopping.requested(options.command) as stop:
         job = Job(
@@ -158,9 +194,18 @@ def _run(task: Task, work: Work, device: str, options: Options) -> Manifest:
             device=device,
             share=options.crew.share,
             spread=launch.spread(options.crew, task.unit, options.device) if task.unit else None,
+            milestones=milestones,
+            publish=publish,
         )
         result = task.run(job)
     seconds = round(time.monotonic() - clock, 2)
+    result = replace(result, metrics={"seconds": seconds, **result.metrics})
+    return _manifest(task, work, result, started, device, options)
+
+
+def _manifest(
+    task: Task, work: Work, result: Result, started: datetime.datetime, device: str, options: Options
+) -> Manifest:
     return Manifest(
         kind=work.kind,
         name=work.name,
@@ -169,7 +214,7 @@ def _run(task: Task, work: Work, device: str, options: Options) -> Manifest:
         inputs={role: artifact.as_input() for role, artifact in task.inputs.items()},
         config=work.recipe["config"],
         files=_files(work, result),
-        metrics={"seconds": seconds, **result.metrics},
+        metrics=result.metrics,
         provenance={
             "created": started.isoformat(timespec="seconds"),
             "command": options.command,

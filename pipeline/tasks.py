@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rae.pipeline import longer_runs
 from rae.pipeline.config import PipelineConfig
 from rae.pipeline.plan import STAGES, Pipeline, Task
 from rae.stages import shards
@@ -112,43 +113,52 @@ def _train_decoder(pipeline: Pipeline) -> Task:
     if section.adversarial_loss == "dino":
         weights[f"dino/{section.recipe}"] = digest_file(locate_dino(section.recipe, section.disc_weights))
     config = {"train_decoder": section.in_recipe(), "encoder": pipeline.encoder()}
-    recipe = _recipe("train_decoder", config, weights=weights, source=source.digests, reading=pipeline.reading())
+    begins = longer_runs.origins(pipeline, "train_decoder")
+    digests: Json = {"weights": weights, "source": source.digests}
+    recipe = _recipe("train_decoder", config, begins, reading=pipeline.reading(), **digests)
+    longer_runs.check_continues(recipe, begins)
 
     def run(job: Job) -> Result:
         from rae.stages import train_decoder
 
-        return train_decoder.run(section, encode, source, encoder_source, job)
+        return train_decoder.run(section, encode, source, encoder_source, longer_runs.beginning_of(begins), job)
 
-    return Task(STAGES["train_decoder"], recipe, pipeline.shards, run)
+    steps = longer_runs.milestones(pipeline, "train_decoder")
+    return Task(STAGES["train_decoder"], recipe, pipeline.shards | begins, run, milestones=steps)
 
 
 def _train_dit(pipeline: Pipeline) -> Task:
     section = pipeline.section("train_dit", TrainDitSection)
-    inputs = {"latents": pipeline.latents()}
+    begins = longer_runs.origins(pipeline, "train_dit")
+    inputs = {"latents": pipeline.latents(), **begins}
     recipe = _recipe("train_dit", {"train_dit": section.in_recipe()}, inputs)
+    longer_runs.check_continues(recipe, begins)
 
     def run(job: Job) -> Result:
         from rae.stages import train_dit
 
-        return train_dit.run(section, inputs["latents"], job)
+        return train_dit.run(section, inputs["latents"], longer_runs.beginning_of(begins), job)
 
-    return Task(STAGES["train_dit"], recipe, inputs, run)
+    return Task(STAGES["train_dit"], recipe, inputs, run, milestones=longer_runs.milestones(pipeline, "train_dit"))
 
 
 def _sample(pipeline: Pipeline) -> Task:
     section = pipeline.section("sample", SampleSection)
-    dit = pipeline.workspace.resolve(section.dit, "dit") if section.dit else pipeline.need("train_dit")
-    inputs = {"dit": dit, "decoder": pipeline.decoder()}
-    if section.guide is not None:
-        inputs["guide"] = pipeline.workspace.resolve(section.guide, "dit")
-    recipe = _recipe("sample", {"sample": section.in_recipe()}, inputs)
+    dit = longer_runs.sampled(pipeline)
+    decoder = pipeline.decoder()
+    guide = longer_runs.guide(pipeline, dit.run) if section.guide is not None else None
+    chosen = {"dit": dit.artifact, "decoder": decoder, "guide": guide}
+    inputs = {role: artifact for role, artifact in chosen.items() if artifact is not None}
+    unpublished = {} if dit.artifact is not None else {"checkpoint": dit.in_recipe()}
+    recipe = _recipe("sample", {"sample": section.in_recipe()}, inputs, **unpublished)
 
     def run(job: Job) -> Result:
         from rae.stages import sample
 
-        return sample.run(section, inputs["dit"], inputs["decoder"], inputs.get("guide"), job)
+        return sample.run(section, dit.folder, decoder.payload, guide.payload if guide is not None else None, job)
 
-    return Task(STAGES["sample"], recipe, inputs, run)
+    name = None if pipeline.checkpoint is None else f"{pipeline.config.name}-step{dit.step}"
+    return Task(STAGES["sample"], recipe, inputs, run, name=name)
 
 
 def _evaluate(pipeline: Pipeline) -> Task:

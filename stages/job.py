@@ -21,12 +21,26 @@ class Progress(Protocol):
     def __call__(self, done: int, total: int, unit: str, **numbers: float) -> None: ...
 
 
+class Publish(Protocol):
+    """Publishes a training's step `step` as an artifact; `write` puts the payload into the folder that it is given."""
+
+    def __call__(self, step: int, write: "Callable[[Path], Result]") -> None: ...
+
+
 def silent(done: int, total: int, unit: str, **numbers: float) -> None:
     """A `Progress` that says nothing."""
 
 
 def never() -> None:
     """A `check_stop` that never stops."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a training begins, if not anew: a model's payload for its weights, or a finished run's last checkpoint."""
+
+    init_from: Path | None = None
+    checkpoint: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,7 @@ class Job:
     losing anything; it raises `Interrupted` or `PartialResult` after Ctrl-C or SIGTERM, so a trainer calls it right
     after saving. `stopping` says beforehand whether that is about to happen. `share` is (i, n): of the units of work
     that can be done apart, those whose number is i modulo n are its own. `spread` has others do them, if they are to.
+    `milestones` are the steps of a training that are to be published, by `publish`, and are not yet.
     """
 
     folder: Path
@@ -48,6 +63,8 @@ class Job:
     device: str = "cpu"
     share: tuple[int, int] = (0, 1)
     spread: Spread | None = None
+    milestones: frozenset[int] = frozenset()
+    publish: Publish | None = None
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,19 @@ from rae.stages.models.trained import Decoder, Dit, check_compatible, check_guid
 from rae.stages.sections import SampleSection
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
-from rae.store.artifacts import Artifact
 from rae.store.errors import ConfigError
 from rae.store.publish import replace_bytes
 
 
-def run(section: SampleSection, dit: Artifact, decoder: Artifact, guide: Artifact | None, job: Job) -> Result:
-    """Draw what is missing of the images, a batch at a time; `section.weights` are those of a guide, too."""
-    model = Dit.load(dit.payload, section.weights, job.device)
-    decode = Decoder.load(decoder.payload, device=job.device)
+def run(section: SampleSection, dit: Path, decoder: Path, guide: Path | None, job: Job) -> Result:
+    """Draw what is missing of the images, a batch at a time, with the models in these folders.
+
+    `section.weights` are those of a guide, too.
+    """
+    model = Dit.load(dit, section.weights, job.device)
+    decode = Decoder.load(decoder, device=job.device)
     check_compatible(model.about.encoder, decode.encoder)
-    weaker = Dit.load(guide.payload, section.weights, job.device) if guide is not None else None
+    weaker = Dit.load(guide, section.weights, job.device) if guide is not None else None
     if weaker is not None:
         check_guide(model, weaker)
     labels = choose_labels(section, model.num_classes)

@@ -95,7 +95,12 @@ class EncodeSection(Section):
 
 
 class TrainingSection(Section):
-    """What both trainers share: length, optimizer, schedule, EMA, checkpoints."""
+    """What both trainers share: length, optimizer, schedule, EMA, checkpoints, where it begins and what it publishes.
+
+    `publish_at` are steps whose weights become artifacts while training goes on. `continue_from` is a REF to a finished
+    run, which goes on to this one's length; `init_from` one to a model whose weights, `init_weights`, training begins
+    with.
+    """
 
     seed: int = 0
     steps: Positive | None = None
@@ -119,6 +124,27 @@ class TrainingSection(Section):
     log_every: Annotated[int, Field(gt=0), Runtime] = 50
     checkpoint_every: Annotated[int, Field(gt=0), Runtime] = 1000
     keep_checkpoints: Annotated[int, Field(gt=0), Runtime] = 2
+    publish_at: Annotated[tuple[Positive, ...], Runtime] = ()
+    continue_from: Location = None
+    init_from: Location = None
+    init_weights: Literal["ema", "model"] = "ema"
+
+    def in_recipe(self) -> dict[str, Any]:
+        """Without the choice among weights that no training begins with."""
+        settings = super().in_recipe()
+        if self.init_from is None:
+            del settings["init_weights"]
+        return settings
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> Self:
+        if self.continue_from is not None and self.init_from is not None:
+            raise ValueError("give either `continue_from` or `init_from`: a continued run has weights already")
+        if self.init_from is None and self.init_weights != "ema":
+            raise ValueError("`init_weights` chooses among those of `init_from`, and there is none")
+        if self.steps is not None and (late := [step for step in self.publish_at if step > self.steps]):
+            raise ValueError(f"`publish_at` asks for step {late[0]}, and training ends with step {self.steps}")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -302,9 +328,9 @@ class SampleSection(Section):
     """How latents are drawn from the transformer and decoded. Without `classes`, labels are balanced.
 
     `dit` and `decoder` are REFs to others than this configuration trains; `guide` is one to a weaker transformer, which
-    takes the place of the unlabelled prediction in guidance (autoguidance). `num_steps` counts points of the time grid,
-    one more than steps. An option that its sampler or its guidance leaves without effect is refused, so that equal
-    results have equal recipes.
+    takes the place of the unlabelled prediction in guidance (autoguidance), or `step=N` for the milestone of the
+    transformer itself. `num_steps` counts points of the time grid, one more than steps. An option that its sampler or
+    its guidance leaves without effect is refused, so that equal results have equal recipes.
     """
 
     dit: Location = None

@@ -4,24 +4,26 @@ Fed online (RAE paper, section 3): every image is read by its address in the sha
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from rae.stages.images import BadImage, center_crop, decode, resized_crop
-from rae.stages.job import NOTHING, Job, Result
+from rae.stages.job import Beginning, Job, Result
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens
 from rae.stages.models.discriminator import DinoDiscriminator
 from rae.stages.models.encoders import Encoder, describe, load_encoder
 from rae.stages.models.geometry import input_size_for
 from rae.stages.models.perceptual import build_perceptual
 from rae.stages.models.pixels import to_unit
-from rae.stages.models.trained import save_decoder
+from rae.stages.models.trained import decoder_payload
 from rae.stages.models.weights import EncoderSource, locate_dino
 from rae.stages.sections import EncodeSection, TrainDecoderSection
 from rae.stages.training.adversarial import AdversarialLearner, augment_draws
+from rae.stages.training.beginning import begin_decoder
 from rae.stages.training.loop import Learner, Trainee, train
 from rae.stages.training.optimizer import steps_per_epoch
 from rae.stages.training.randomness import normal, uniform
@@ -77,7 +79,12 @@ class Crops:
 
 
 def run(
-    section: TrainDecoderSection, encode: EncodeSection, source: Source, encoder_source: EncoderSource, job: Job
+    section: TrainDecoderSection,
+    encode: EncodeSection,
+    source: Source,
+    encoder_source: EncoderSource,
+    beginning: Beginning,
+    job: Job,
 ) -> Result:
     """Train the decoder of `section` for the encoder of `encoder_source`; returns its payload and the last losses."""
     ranks = Ranks.from_environment()
@@ -124,6 +131,8 @@ def run(
 
     decoder = ViTDecoder(config)
     decoder.grad_checkpoint = section.grad_checkpoint
+    if beginning.init_from is not None:
+        begin_decoder(decoder, beginning.init_from, section.init_weights)
     learner: Trainee[Batch]
     if section.adversarial_loss == "dino":
         discriminator = build_discriminator(section)
@@ -132,19 +141,13 @@ def run(
         )
     else:
         learner = Learner(decoder, loss, section, rows=len(crops), ranks=ranks, device=device)
-    metrics = train(learner, batch, section=section, rows=len(crops), job=job, ranks=ranks)
-    if not ranks.is_main:
-        return NOTHING
-    model, ema = learner.model.state_dict(), learner.ema.model.state_dict()
-    files_made, content = save_decoder(job.folder, config, describe(encoder), model, ema)
-    parameters = sum(parameter.numel() for parameter in learner.model.parameters())
     described = {
         "perceptual_loss": perceptual.description if perceptual is not None else "none",
         "adversarial_loss": f"DINO {section.recipe}" if section.adversarial_loss == "dino" else "none",
     }
-    return Result(
-        content, {"parameters": parameters, **described, **metrics}, (*files_made, job.folder / "metrics.jsonl")
-    )
+    payload = replace(decoder_payload(config, describe(encoder)), metrics=described)
+    places: dict[str, Any] = {"rows": len(crops), "job": job, "ranks": ranks, "continued": beginning.checkpoint}
+    return train(learner, batch, section, payload, **places)
 
 
 def build_discriminator(section: TrainDecoderSection) -> DinoDiscriminator:

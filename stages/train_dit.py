@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rae.stages.job import NOTHING, Job, Result
+from rae.stages.job import Beginning, Job, Result
 from rae.stages.models.dit import DiTConfig, build_dit
-from rae.stages.models.trained import DitDescription, read_encoder, save_dit
+from rae.stages.models.trained import DitDescription, dit_payload, read_encoder
 from rae.stages.models.transport import Transport, auto_shift
 from rae.stages.sections import TrainDitSection
+from rae.stages.training.beginning import begin_dit
 from rae.stages.training.loop import Learner, train
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
@@ -41,7 +42,7 @@ class Batch:
         return self.store.keys_of(self.rows)
 
 
-def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
+def run(section: TrainDitSection, latents: Artifact, beginning: Beginning, job: Job) -> Result:
     """Train the transformer that `section` describes; returns its payload and the last losses."""
     store = LatentStore(latents.payload)
     num_classes = count_classes(section, store)
@@ -69,15 +70,12 @@ def run(section: TrainDitSection, latents: Artifact, job: Job) -> Result:
 
     dit = build_dit(config)
     dit.grad_checkpoint = section.grad_checkpoint
+    if beginning.init_from is not None:
+        begin_dit(dit, beginning.init_from, section.init_weights)
     learner = Learner(dit, loss, section, rows=len(store), ranks=ranks, device=device)
-    metrics = train(learner, batch, section=section, rows=len(store), job=job, ranks=ranks)
-    if not ranks.is_main:
-        return NOTHING
     stats = torch.from_numpy(store.stats.mean).float(), torch.from_numpy(store.stats.variance).float()
-    files, content = save_dit(job.folder, about, stats, learner.model.state_dict(), learner.ema.model.state_dict())
-    parameters = sum(parameter.numel() for parameter in learner.model.parameters())
-    shift = {"time_dist_shift": round(about.transport["time_dist_shift"], 4)}
-    return Result(content, {"parameters": parameters, **shift, **metrics}, (*files, job.folder / "metrics.jsonl"))
+    places: dict[str, Any] = {"rows": len(store), "job": job, "ranks": ranks, "continued": beginning.checkpoint}
+    return train(learner, batch, section, dit_payload(about, stats), **places)
 
 
 def count_classes(section: TrainDitSection, store: LatentStore) -> int:

@@ -12,16 +12,18 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rae.store.errors import ConfigError, CorruptData, MissingInput, StaleInput
-from rae.store.manifest import ID, KINDS, Json, Manifest, differing_fields, recipe_id
+from rae.store.manifest import ID, KINDS, Json, Manifest, differing_fields, milestone_recipe, recipe_id
 from rae.store.publish import make_folder, publish_bytes, replace_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_AT_STEP = re.compile(r"(?P<run>.+)@step=(?P<step>[0-9]{1,15})")
+_TRAINED = ("decoder", "dit")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,19 @@ class Unfinished:
     name: str
     recipe: Json
     folder: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run, done or not: what it makes, and the folder of its artifact."""
+
+    kind: str
+    recipe: Json
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        return recipe_id(self.recipe)
 
 
 class Workspace:
@@ -133,12 +148,16 @@ class Workspace:
                     yield Unfinished(kind, path.parent.name, started["name"], started["recipe"], path.parent)
 
     def resolve(self, ref: str, kind: str | None = None) -> Artifact:
-        """The artifact a REF means: `KIND/NAME`, `KIND/ID`, a path, or a bare name or id if it is unique."""
-        if (Path(ref) / "manifest.json").is_file():
+        """The artifact a REF means: `KIND/NAME`, `KIND/ID`, a path, or a bare name or id if it is unique.
+
+        `REF@step=N` means the milestone that a training run published at step N, whether the run is done or not.
+        """
+        if at := _AT_STEP.fullmatch(ref):
+            found = self._at_step(at["run"], int(at["step"]), kind)
+        elif (Path(ref) / "manifest.json").is_file():
             found = [read_artifact(Path(ref))]
         else:
-            head, _, tail = ref.partition("/")
-            kinds, name = ((head,), tail) if tail and head in KINDS else ((kind,) if kind else KINDS, ref)
+            kinds, name = _kinds_and_name(ref, (kind,) if kind else KINDS)
             found = [artifact for one in kinds if (artifact := self._named(one, name))]
         if not found:
             raise MissingInput(
@@ -157,6 +176,46 @@ class Workspace:
         ref = self.root / "refs" / kind / f"{name}.json"
         id = _read_json(ref).get("id") if ref.is_file() else name
         return self._read(kind, id) if isinstance(id, str) and ID.fullmatch(id) else None
+
+    def _at_step(self, ref: str, step: int, kind: str | None) -> list[Artifact]:
+        """What the runs that `ref` may mean published at a step; of runs of one kind, a finished one is meant."""
+        found, runs = dict[str, Artifact](), self.runs(ref, kind)
+        for run in runs:
+            if artifact := self.milestone(run, step):
+                found.setdefault(run.kind, artifact)
+        if runs and not found:
+            raise no_milestone(runs[0], step, self.milestones(runs[0]))
+        return list(found.values())
+
+    def runs(self, ref: str, kind: str | None = None) -> list[Run]:
+        """The training runs that a REF may mean, finished ones first, then those at work under that name or id."""
+        if (Path(ref) / "manifest.json").is_file():
+            done, unfinished = [read_artifact(Path(ref))], list[Unfinished]()
+        else:
+            kinds, name = _kinds_and_name(ref, (kind,) if kind else _TRAINED)
+            done = [artifact for one in kinds if (artifact := self._named(one, name))]
+            unfinished = [one for one in self.unfinished() if one.kind in kinds and name in (one.name, one.id)]
+        runs = [Run(one.kind, one.manifest.recipe, one.folder) for one in done]
+        return runs + [Run(one.kind, one.recipe, one.folder) for one in unfinished]
+
+    def milestone(self, run: Run, step: int) -> Artifact | None:
+        """What a training run published at a step; its last step is the run's own artifact."""
+        folder = run.folder.parent / recipe_id(milestone_recipe(run.recipe, step))
+        if (folder / "manifest.json").is_file():
+            return read_artifact(folder)
+        if (run.folder / "manifest.json").is_file():
+            artifact = read_artifact(run.folder)
+            return artifact if artifact.manifest.metrics.get("steps") == step else None
+        return None
+
+    def milestones(self, run: Run) -> list[int]:
+        """The steps before its end that a training run has published, in order."""
+        steps = []
+        for path in run.folder.parent.glob("*/manifest.json"):
+            match read_artifact(path.parent).manifest.recipe.get("milestone"):
+                case {"run": run.id, "step": int(step)}:
+                    steps.append(step)
+        return sorted(steps)
 
     # ---- making ------------------------------------------------------------------------------------------------
 
@@ -186,8 +245,7 @@ class Workspace:
         attempts = sorted(folder.glob("attempts/*"), key=lambda path: path.stat().st_mtime, reverse=True)
         attempt = folder
         if kind != "latents":  # latents' parts are shared by all who write them: each part is published for itself
-            attempt = folder / "attempts" / secrets.token_hex(4)
-            make_folder(attempt)
+            attempt = _new_attempt(folder)
         return Work(kind, name, recipe, folder, attempt, tuple(attempts))
 
     def abandon(self, work: Work) -> None:
@@ -200,13 +258,23 @@ class Workspace:
                 (work.folder / "started.json").unlink()
                 work.folder.rmdir()
 
+    def begin_milestone(self, run: Work, step: int) -> Work:
+        """Where what a training run publishes at a step is to be written; it is begun and unfinished with the run."""
+        recipe = milestone_recipe(run.recipe, step)
+        folder = self.folder(run.kind, recipe_id(recipe))
+        return Work(run.kind, f"{run.name}@step={step}", recipe, folder, _new_attempt(folder), ())
+
     def publish(self, work: Work, manifest: Manifest) -> Artifact:
-        """Publish what `work` made, or adopt what somebody else published first; the name then points to it."""
+        """Publish what `work` made, or adopt what somebody else published first; the name then points to it.
+
+        A milestone takes no name of its own: it is found by its run's.
+        """
         publish_bytes(work.folder / "manifest.json", manifest.to_json())
         artifact = self.find(work.kind, work.recipe)
         if artifact is None:
             raise CorruptData(f"{work.folder}/manifest.json vanished right after it was published")
-        self.name(artifact, work.name)
+        if "milestone" not in work.recipe:
+            self.name(artifact, work.name)
         return artifact
 
     def name(self, artifact: Artifact, name: str) -> None:
@@ -219,10 +287,32 @@ class Workspace:
             replace_bytes(ref, data)
 
 
+def no_milestone(run: Run, step: int, found: Iterable[int]) -> MissingInput:
+    """The refusal of a milestone that is not there, with those that are."""
+    there = ", ".join(map(str, found))
+    section = f"train_{run.kind}.publish_at"
+    return MissingInput(
+        f"{run.kind}/{run.id} has published nothing at step {step}"
+        + (f"; there are steps {there}" if there else f", nor at any other; `{section}` names steps before it trains")
+    )
+
+
 def check_name(name: str) -> None:
     """Refuse names that could lead out of the workspace or be taken for an id."""
     if not _NAME.fullmatch(name) or ID.fullmatch(name):
         raise ConfigError(f"`{name}` can't be a name: letters, digits, '.', '_', '-', up to 100, not 16 hex digits")
+
+
+def _kinds_and_name(ref: str, kinds: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    """`KIND/NAME` apart; a bare name may be of any of `kinds`."""
+    head, _, tail = ref.partition("/")
+    return ((head,), tail) if tail and head in KINDS else (kinds, ref)
+
+
+def _new_attempt(folder: Path) -> Path:
+    attempt = folder / "attempts" / secrets.token_hex(4)
+    make_folder(attempt)
+    return attempt
 
 
 def _drop(folder: Path, why: str, allowed: bool) -> None:

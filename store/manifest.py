@@ -29,6 +29,11 @@ def recipe_id(recipe: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(recipe)).hexdigest()[:16]
 
 
+def milestone_recipe(run: Mapping[str, Any], step: int) -> Json:
+    """The recipe of what a training run, given by its recipe, publishes at a step before its end."""
+    return {**run, "milestone": {"run": recipe_id(run), "step": step}}
+
+
 def differing_fields(asked: Any, found: Any, prefix: str = "") -> Iterator[str]:
     """The dotted fields in which two recipes differ, as sentences `field: found X, asked Y`."""
     if isinstance(asked, Mapping) and isinstance(found, Mapping):

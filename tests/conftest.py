@@ -59,6 +59,7 @@ TINY: dict[str, dict[str, Any]] = {
         "reconstructions": 8,
     },
 }
+_TIMED = ("metrics.jsonl", "checkpoint.json")
 VERBS = ("encode", "train-decoder", "train-dit", "evaluate")
 
 
@@ -148,7 +149,7 @@ class Rae:
     def payload(self, kind: str) -> dict[str, str]:
         """The sha256 of every file of the artifact named by the configuration, as found on the disk.
 
-        Holds them against the manifest first. Without metrics.jsonl, which times what happened.
+        Holds them against the manifest first. Without metrics.jsonl and checkpoint.json, which time what happened.
         """
         id = json.loads((self.workspace / "refs" / kind / "tiny.json").read_text())["id"]
         folder = self.workspace / "objects" / kind / id
@@ -160,8 +161,7 @@ class Rae:
                 f"{entry['path']} is not what was published"
             )
             found[re.sub(r"^attempts/\w+/", "", entry["path"])] = digest
-        found.pop("metrics.jsonl", None)
-        return found
+        return {path: digest for path, digest in found.items() if Path(path).name not in _TIMED}
 
     def copy(self, folder: Path, *kinds: str) -> "Rae":
         """The same configuration in a workspace of its own that holds these kinds of artifacts already."""

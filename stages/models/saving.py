@@ -41,12 +41,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def read_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file, which must have the names and shapes of `own`; else `CorruptData`."""
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CorruptData(f"{path} is not a readable safetensors file ({error})") from error
+    state = read_tensors(path)
     check_weights(state, own, str(path))
     return state
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, whatever they are; `CorruptData` if it can't be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CorruptData(f"{path} is not a readable safetensors file ({error})") from error
 
 
 def check_weights(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str, what: str = "this model") -> None:

@@ -6,7 +6,6 @@ dit.json, model.safetensors, ema.safetensors, latent_stats.safetensors
 What was imported has one set of weights, ema.safetensors, and an imported decoder may have latent_stats.safetensors.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from rae.stages.models.autoencoder_kl import KlDecoder
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens, unwhiten
 from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.encoders import Encoder
-from rae.stages.models.saving import digest_weights, load_weights, read_weights, save_weights
+from rae.stages.models.payload import Payload
+from rae.stages.models.saving import digest_weights, load_weights, read_tensors, read_weights
 from rae.stages.models.transport import Transport, create_transport
 from rae.store.errors import CorruptData, MissingInput, StaleInput
-from rae.store.manifest import Json, canonical, differing_fields
+from rae.store.manifest import Json, differing_fields
 
 Weights = Literal["ema", "model"]
 # What two encoders must share for one's latents to be read by a decoder trained on the other's.
@@ -52,7 +52,7 @@ class Decoder(nn.Module):
     @classmethod
     def load(cls, folder: Path, weights: Weights = "ema", device: str = "cpu") -> Self:
         """Read what `save_decoder` or `save_kl_decoder` wrote."""
-        about = _read_json(folder / "decoder.json", "config", "encoder")
+        about = read_about(folder / "decoder.json", "config", "encoder")
         config, encoder = about["config"], about["encoder"]
         model: ViTDecoder | KlDecoder
         if "_class_name" in config:  # diffusers' word, in what was imported from there
@@ -108,7 +108,7 @@ class Dit(nn.Module):
     @classmethod
     def load(cls, folder: Path, weights: Weights = "ema", device: str = "cpu") -> Self:
         """Read what `save_dit` wrote."""
-        about = DitDescription.from_json(_read_json(folder / "dit.json", "config", "transport", "encoder", "classes"))
+        about = DitDescription.from_json(read_about(folder / "dit.json", "config", "transport", "encoder", "classes"))
         model = build_dit(about.config)
         load_weights(model, _weights_file(folder, weights))
         mean, var = read_latent_stats(folder, about.config.in_channels, about.config.input_size)
@@ -169,6 +169,17 @@ class Autoencoder(nn.Module):
         return noise_tokens(tokens, noise_tau, uniform, normal)
 
 
+def decoder_payload(config: DecoderConfig, encoder: Json, stats: tuple[Tensor, Tensor] | None = None) -> Payload:
+    """A ViT decoder's, with the (mean, var) [C, H, W] of its tokens if they are to travel with it."""
+    return Payload("decoder.json", {"config": config.to_dict(), "encoder": encoder}, stats)
+
+
+def dit_payload(about: DitDescription, stats: tuple[Tensor, Tensor]) -> Payload:
+    """A transformer's, with the (mean, var) [C, H, W] that whiten its latents."""
+    shift = {"time_dist_shift": round(about.transport["time_dist_shift"], 4)}
+    return Payload("dit.json", about.to_json(), stats, shift)
+
+
 def save_decoder(
     folder: Path,
     config: DecoderConfig,
@@ -182,14 +193,13 @@ def save_decoder(
     `model` is None where there is one set of weights. `stats` are the (mean, var) [C, H, W] of its tokens, for those
     who bring a transformer to it: the decoder itself reads raw tokens.
     """
-    about = {"config": config.to_dict(), "encoder": encoder}
-    return _save(folder, "decoder.json", about, {"model": model, "ema": ema, "latent_stats": _named(stats)})
+    return decoder_payload(config, encoder, stats).save(folder, model, ema)
 
 
 def save_kl_decoder(folder: Path, model: KlDecoder, encoder: Json) -> tuple[tuple[Path, ...], str]:
     """Write the decoder of diffusers' AutoencoderKL, which has one set of weights; returns files and content digest."""
     about = {"config": model.config, "encoder": encoder}
-    return _save(folder, "decoder.json", about, {"model": None, "ema": model.state_dict()})
+    return Payload("decoder.json", about).save(folder, None, model.state_dict())
 
 
 def save_dit(
@@ -203,7 +213,7 @@ def save_dit(
 
     `model` is None where there is one set of weights.
     """
-    return _save(folder, "dit.json", about.to_json(), {"model": model, "ema": ema, "latent_stats": _named(stats)})
+    return dit_payload(about, stats).save(folder, model, ema)
 
 
 def read_latent_stats(folder: Path, channels: int, side: int) -> tuple[Tensor, Tensor]:
@@ -213,8 +223,9 @@ def read_latent_stats(folder: Path, channels: int, side: int) -> tuple[Tensor, T
     return stats["mean"], stats["var"]
 
 
-def _named(stats: tuple[Tensor, Tensor] | None) -> dict[str, Tensor] | None:
-    return None if stats is None else {"mean": stats[0], "var": stats[1]}
+def load_weights_of(folder: Path, weights: Weights) -> dict[str, Tensor]:
+    """One set of a trained model's tensors as they lie there; `CorruptData` if they can't be read."""
+    return read_tensors(_weights_file(folder, weights))
 
 
 def _weights_file(folder: Path, weights: Weights) -> Path:
@@ -224,25 +235,9 @@ def _weights_file(folder: Path, weights: Weights) -> Path:
     return path
 
 
-def _save(
-    folder: Path, name: str, about: Json, groups: Mapping[str, Mapping[str, Tensor] | None]
-) -> tuple[tuple[Path, ...], str]:
-    """The files, and one digest over the description and every group of tensors that there is."""
-    paths = [folder / name]
-    paths[0].write_text(json.dumps(about, indent=1, sort_keys=True))
-    digests: Json = {"about": about}
-    for group, tensors in groups.items():
-        if tensors is None:
-            continue
-        paths.append(folder / f"{group}.safetensors")
-        save_weights(paths[-1], tensors)
-        digests[group] = digest_weights(tensors)
-    return tuple(paths), hashlib.sha256(canonical(digests)).hexdigest()
-
-
 def read_encoder(latents: Path) -> Json:
     """The description of the encoder that made the latents in this folder."""
-    return _read_json(latents / "encoder.json")
+    return read_about(latents / "encoder.json")
 
 
 def check_compatible(maker: Json, decoder: Json, who: str = "the transformer") -> None:
@@ -286,7 +281,8 @@ def _identity(encoder: Json, verified: bool) -> Json:
     return weights | {key: encoder.get(key) for key in _SAME_TOKENS}
 
 
-def _read_json(path: Path, *keys: str) -> Json:
+def read_about(path: Path, *keys: str) -> Json:
+    """What stands beside a model's weights: a JSON object with these keys; else `CorruptData`."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

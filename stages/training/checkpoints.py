@@ -1,6 +1,7 @@
 """Checkpoints: immutable folders of safetensors, published whole, verified before they are believed.
 
 ATTEMPT/checkpoints/step-00000500/model.safetensors ...     one file per group of tensors
+ATTEMPT/checkpoints/step-00000500/dit.json ...              what the model is: it can be sampled from here
 ATTEMPT/checkpoints/step-00000500/checkpoint.json           step, state, sha256 of each file and of itself
 """
 
@@ -10,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rae.store.publish import fsync_folder, temporary_name, write_durably
 logger = logging.getLogger("rae.train")
 
 Groups = dict[str, dict[str, Tensor]]
+Describe = Callable[[Path], Sequence[Path]]  # writes files into the folder that it is given, and names them
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -46,11 +48,19 @@ class Checkpoint:
         return self.folder.parents[1]
 
 
-def save(attempt: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Json, keep: int) -> Path:
+def save(
+    attempt: Path,
+    step: int,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    state: Json,
+    keep: int,
+    describe: Describe = lambda folder: (),
+) -> Path:
     """Publish a checkpoint, then drop all of this attempt but the newest `keep` up to here; returns its folder.
 
-    The folder appears whole, under its name, after everything in it is on the disk. Raises `PartialResult` if the
-    disk is full; the checkpoints that were there remain, and nothing of the new one does.
+    `describe` writes more files that belong to it: what the model is. The folder appears whole, under its name, after
+    everything in it is on the disk. Raises `PartialResult` if the disk is full; the checkpoints that were there remain,
+    and nothing of the new one does.
     """
     folder = attempt / "checkpoints" / f"step-{step:08d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +68,7 @@ def save(attempt: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], s
     temporary = temporary_name(folder)
     try:
         temporary.mkdir()
-        _write(temporary, step, groups, state)
+        _write(temporary, step, groups, state, describe)
         _publish(temporary, folder)
     except OSError as error:
         if error.errno not in _FULL:
@@ -91,17 +101,57 @@ def load(folder: Path) -> Checkpoint:
     tensors = {}
     for name, digest in description["files"].items():
         path = folder / name
+        _verify(path, digest)
+        if path.suffix != ".safetensors":
+            continue
         try:
-            if _sha256(path) != digest:
-                raise CorruptData(f"{path} is not what was saved: its sha256 differs")
             tensors[path.stem] = load_file(path)
         except (OSError, SafetensorError) as error:
             raise CorruptData(f"{path} cannot be read ({error})") from error
     return Checkpoint(description["step"], tensors, description["state"], folder)
 
 
-def _write(folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Json) -> None:
-    files = {}
+def files_of(folder: Path) -> list[Path]:
+    """All files of a checkpoint."""
+    return [folder / "checkpoint.json", *(folder / name for name in sorted(_description(folder)["files"]))]
+
+
+def steps(attempts: Sequence[Path]) -> list[int]:
+    """The steps of all checkpoints, valid or not, in order."""
+    return sorted({_step(folder) for attempt in attempts for folder in _published(attempt)})
+
+
+def find_model(attempts: Sequence[Path], weights: str, step: int | None = None) -> tuple[Path, int, str] | None:
+    """The newest checkpoint, or that of a step, of which a model can be loaded: its folder, its step and the sha256 of
+    its `weights`, "ema" or "model". What only a training needs is not looked at; invalid ones are skipped.
+    """
+    found = [folder for attempt in attempts for folder in _published(attempt) if step in (None, _step(folder))]
+    for folder in sorted(found, key=_step, reverse=True):
+        try:
+            files = _description(folder)["files"]
+            needed = [name for name in files if name.endswith(".json") or Path(name).stem in (weights, "latent_stats")]
+            for name in needed:
+                _verify(folder / name, files[name])
+        except CorruptData as error:
+            logger.warning("skipped a checkpoint: %s", error)
+        else:
+            return folder, _step(folder), str(files[f"{weights}.safetensors"])
+    return None
+
+
+def _verify(path: Path, digest: str) -> None:
+    try:
+        found = _sha256(path)
+    except OSError as error:
+        raise CorruptData(f"{path} cannot be read ({error})") from error
+    if found != digest:
+        raise CorruptData(f"{path} is not what was saved: its sha256 differs")
+
+
+def _write(
+    folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Json, describe: Describe
+) -> None:
+    files = {path.name: _sha256(path) for path in describe(folder)}
     for group, tensors in groups.items():
         path = folder / f"{group}.safetensors"
         save_weights(path, tensors)
@@ -147,7 +197,7 @@ def _description(folder: Path) -> Json:
         raise CorruptData(f"{path} cannot be read ({error})") from error
     if not intact:
         raise CorruptData(f"{path} is not what was saved")
-    if bad := [name for name in description["files"] if not re.fullmatch(r"\w+\.safetensors", name)]:
+    if bad := [name for name in description["files"] if not re.fullmatch(r"\w+\.(safetensors|json)", name)]:
         raise CorruptData(f"{path} names {bad[0]!r}, which is no file of a checkpoint")
     return dict(description)
 

@@ -16,9 +16,10 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rae.stages.job import Job
+from rae.stages.job import NOTHING, Job, Result
+from rae.stages.models.payload import Payload
 from rae.stages.sections import TrainingSection
-from rae.stages.training.checkpoints import Groups, load, newest, save
+from rae.stages.training.checkpoints import Groups, load, newest
 from rae.stages.training.data import prefetch
 from rae.stages.training.ema import EMA
 from rae.stages.training.metrics_log import Meter, MetricsLog
@@ -32,6 +33,7 @@ from rae.stages.training.optimizer import (
     total_steps,
 )
 from rae.stages.training.ranks import Ranks, wrap
+from rae.stages.training.results import Results, check_milestones
 from rae.store.errors import PartialResult, RaeError, StaleInput
 
 logger = logging.getLogger("rae.train")
@@ -159,19 +161,27 @@ def train(
     learner: Trainee[B],
     batch: Callable[[int, int], B],
     section: TrainingSection,
+    payload: Payload,
     *,
     rows: int,
     job: Job,
     ranks: Ranks,
-) -> dict[str, float]:
-    """Train to the end, from the newest checkpoint of this job's attempts if there is one; returns what it took.
+    continued: Path | None = None,
+) -> Result:
+    """Train to the end, from the newest checkpoint of this job's attempts or else the finished run's, `continued`.
 
     `batch(epoch, step)` makes this rank's share of a global batch, in up to `section.workers` threads at once: it
-    reads and draws, and leaves arithmetic whose order of summation matters to the loss. The learner has the final
-    weights afterwards. Raises `PartialResult` or `Interrupted`, after saving, when the job is asked to stop.
+    reads and draws, and leaves arithmetic whose order of summation matters to the loss. Milestones are published before
+    the checkpoint of their step is saved, so that no resume passes one by. Returns what was made, which `payload`
+    describes, its last checkpoint included. Raises `PartialResult` or `Interrupted`, after saving, when the job is
+    asked to stop; `ConfigError` for a milestone that lies where this training does not come by.
     """
     per_epoch, total = steps_per_epoch(section, rows), total_steps(section, rows)
-    done, meter, attempt = _resume(learner, job, ranks)
+    done, meter, attempt = _resume(learner, job, ranks, continued)
+    check_milestones(job.milestones, done, total)
+    results = Results(learner, payload, meter, section, per_epoch, job)
+    if ranks.is_main:
+        results.milestone(done)
     log = MetricsLog(job.folder, done, attempt) if ranks.is_main else None
     steps = range(done, total)
     with closing(prefetch(lambda step: batch(*divmod(step, per_epoch)), steps, section.workers)) as batches:
@@ -197,31 +207,36 @@ def train(
                 if log:
                     log.log(step=done, epoch=done / per_epoch, **meter.latest, lr=rate, **speed)
             stop = ranks.any(job.stopping())
-            if stop or done % section.checkpoint_every == 0 or done == total:
+            saves = stop or done % section.checkpoint_every == 0 or done == total
+            if saves or done in job.milestones:
                 # Weights that the last step ruined are not worth keeping; the loss would show it a step later.
                 for name in [name for name in numbers if name.endswith("grad_norm")]:
                     finite(name, float(numbers[name]), item, done - 1, ranks)
+                if ranks.is_main:
+                    results.milestone(done)
+            if saves:
                 meter.sums = _mean(meter.sums, ranks)
                 if ranks.is_main:
-                    save(job.folder, done, learner.tensors(), meter.to_json(), section.keep_checkpoints)
+                    results.checkpoint(done)
                 ranks.barrier()
                 job.check_stop()
             if stop:
                 # Another rank was asked, and its `check_stop` has raised.
                 raise PartialResult(f"training stopped at step {done} of {total}; its checkpoint is saved")
-    return {
-        "steps": done,
-        "epochs": done / per_epoch,
-        **meter.latest,
-        "seconds": meter.run.seconds,
-        "images_per_s": meter.run.per_second(section.batch_size),
-        "data_wait": meter.run.data_wait,
-    }
+    if not ranks.is_main:
+        return NOTHING
+    speed = {"images_per_s": meter.run.per_second(section.batch_size), "data_wait": meter.run.data_wait}
+    return results.finished(done, speed)
 
 
-def _resume(learner: Trainee[B], job: Job, ranks: Ranks) -> tuple[int, Meter, Path | None]:
-    """Restore the newest valid checkpoint, chosen by rank 0; steps done, the meter, and the attempt that saved it."""
+def _resume(learner: Trainee[B], job: Job, ranks: Ranks, continued: Path | None) -> tuple[int, Meter, Path | None]:
+    """Restore the newest valid checkpoint, chosen by rank 0, or that of the finished run that is continued.
+
+    Returns the steps done, the meter, and the attempt that saved it.
+    """
     checkpoint = newest((job.folder, *job.earlier)) if ranks.is_main else None
+    if checkpoint is None and continued is not None and ranks.is_main:
+        checkpoint = load(continued)
     folder = ranks.broadcast(checkpoint.folder if checkpoint else None)
     if folder is None:
         return 0, Meter(), None

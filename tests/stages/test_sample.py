@@ -30,6 +30,7 @@ from rae.store.errors import ConfigError, StaleInput
 from rae.store.manifest import Manifest
 
 ENCODER = {"digest": "d", "feature_index": 3, "input_size": 64, "token_dim": 8, "grid": [2, 2]}
+NO_MANIFEST = Manifest("samples", "samples", {}, "", {}, {}, [], {})
 SECTION = SampleSection(num_images=6, num_steps=5, batch_size=6)
 
 
@@ -146,11 +147,10 @@ def test_images_of_an_unconditional_transformer_are_recorded_without_a_label(
         (tmp_path / folder).mkdir()
     save_dit(tmp_path / "dit", about, stats, weights, weights)
     save_decoder(tmp_path / "decoder", decoder.model.config, ENCODER, *[decoder.model.state_dict()] * 2)
-    inputs = [Artifact(tmp_path / kind, Manifest(kind, kind, {}, "", {}, {}, [], {})) for kind in ("dit", "decoder")]
     seen: list[tuple[int, int]] = []
     job = Job(tmp_path / "samples", progress=lambda done, total, unit, **_: seen.append((done, total)))
-    run(SECTION, *inputs, None, job)
-    images, labels = load_samples(Artifact(tmp_path / "samples", inputs[0].manifest))
+    run(SECTION, tmp_path / "dit", tmp_path / "decoder", None, job)
+    images, labels = load_samples(Artifact(tmp_path / "samples", NO_MANIFEST))
     assert images.shape == (6, 8, 8, 3)
     assert labels.tolist() == [-1] * 6
     assert seen == [(1, 6), (3, 6), (4, 6), (6, 6), (6, 6)]  # four steps of six images
@@ -159,21 +159,18 @@ def test_images_of_an_unconditional_transformer_are_recorded_without_a_label(
 def test_a_run_is_guided_by_the_artifact_that_it_is_given(models: tuple[Dit, Decoder], tmp_path: Path) -> None:
     dit, decoder = models
     guide, other = weaker(dit), weaker(dit, mean=torch.zeros(8, 2, 2))
-    inputs = {}
     for name, one in {"dit": dit, "guide": guide, "other": other}.items():
         (tmp_path / name).mkdir()
         save_dit(tmp_path / name, one.about, (one.mean, one.var), None, one.model.state_dict())
-        inputs[name] = Artifact(tmp_path / name, Manifest("dit", name, {}, "", {}, {}, [], {}))
     (tmp_path / "decoder").mkdir()
     save_decoder(tmp_path / "decoder", decoder.model.config, ENCODER, None, decoder.model.state_dict())
-    decoding = Artifact(tmp_path / "decoder", Manifest("decoder", "decoder", {}, "", {}, {}, [], {}))
     section = SampleSection(num_images=6, num_steps=5, batch_size=6, guidance_scale=2.0)
     (tmp_path / "samples").mkdir()
-    run(section, inputs["dit"], decoding, inputs["guide"], Job(tmp_path / "samples"))
-    images, labels = load_samples(Artifact(tmp_path / "samples", decoding.manifest))
+    run(section, tmp_path / "dit", tmp_path / "decoder", tmp_path / "guide", Job(tmp_path / "samples"))
+    images, labels = load_samples(Artifact(tmp_path / "samples", NO_MANIFEST))
     np.testing.assert_array_equal(images, draw_all(dit, decoder, labels, section, guide))
     with pytest.raises(StaleInput, match="latent_stats"):
-        run(section, inputs["dit"], decoding, inputs["other"], Job(tmp_path / "samples"))
+        run(section, tmp_path / "dit", tmp_path / "decoder", tmp_path / "other", Job(tmp_path / "samples"))
 
 
 def test_labels_are_balanced_or_the_listed_ones_in_turn() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from small_gan import ROWS, SECTION, batch_for, learner_of
 
 from rae.stages.job import Job
+from rae.stages.models.payload import Payload
 from rae.stages.training.loop import train
 from rae.stages.training.ranks import Ranks
 
@@ -21,7 +22,8 @@ RANKS = Ranks.from_environment()
 
 def main(out: Path) -> None:
     learner = learner_of(ranks=RANKS)
-    train(learner, partial(batch_for, ranks=RANKS), SECTION, rows=ROWS, job=Job(out), ranks=RANKS)
+    batch = partial(batch_for, ranks=RANKS)
+    train(learner, batch, SECTION, Payload("decoder.json", {}), rows=ROWS, job=Job(out), ranks=RANKS)
     weights = [RANKS.gather(value) for value in learner.heads.state_dict().values()]
     assert all(torch.equal(first, other) for first, *others in weights for other in others)
     if RANKS.is_main:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rae.stages.job import Job
 from rae.stages.models.diffaug import diff_augment
 from rae.stages.models.discriminator import DinoDiscriminator
+from rae.stages.models.payload import Payload
 from rae.stages.sections import TrainDecoderSection
 from rae.stages.training.adversarial import AdversarialLearner, augment_draws
 from rae.stages.training.checkpoints import load
@@ -37,6 +38,7 @@ from tests.stages.training.small_gan import (
     reconstruction,
 )
 
+PAYLOAD = Payload("decoder.json", {})
 WITH_ALL = SECTION.model_copy(update={"disc_start_step": 0, "gan_start_step": 0, "clip_grad": 0.0})
 
 
@@ -146,7 +148,7 @@ def test_heads_iterate_their_spectral_norms_in_their_own_step_alone() -> None:
 
 def test_a_run_resumed_in_any_phase_is_the_whole_one_to_the_bit(tmp_path: Path) -> None:
     learner = learner_of()
-    train(learner, batch_for, SECTION, rows=ROWS, job=Job(tmp_path), ranks=Ranks())
+    train(learner, batch_for, SECTION, PAYLOAD, rows=ROWS, job=Job(tmp_path), ranks=Ranks())
     checkpoints = [load(folder) for folder in sorted((tmp_path / "checkpoints").iterdir())]
     assert [checkpoint.step for checkpoint in checkpoints] == [1, 2, 3, 4, 5]
     assert {"heads", "disc_optimizer"} < checkpoints[0].tensors.keys()
@@ -160,6 +162,25 @@ def test_a_run_resumed_in_any_phase_is_the_whole_one_to_the_bit(tmp_path: Path) 
     assert {"loss", "l1", "gen_loss", "d_weight", "disc_loss", "logits_real", "logits_fake"} < last.keys()
     with pytest.raises(RaeError, match="of another model"):
         learner_of(norm_type="gn", using_spec_norm=False).restore(checkpoints[0].tensors)
+
+
+@pytest.mark.parametrize("half", [2, 4])
+def test_a_run_continued_from_a_finished_one_is_the_long_one_to_the_bit(half: int, tmp_path: Path) -> None:
+    """Where the schedules agree: the discriminator, its optimizer and its phase go on, too."""
+
+    def trained(name: str, steps: int, continued: Path | None = None) -> dict[str, dict[str, Tensor]]:
+        section = SECTION.model_copy(update={"schedule": "constant", "steps": steps})
+        learner = learner_of(section)
+        places: dict[str, Any] = {"rows": ROWS, "job": Job(tmp_path / name), "ranks": Ranks()}
+        train(learner, batch_for, section, PAYLOAD, continued=continued, **places)
+        return learner.tensors()
+
+    long = trained("long", 5)
+    trained("half", half)
+    continued = trained("continued", 5, tmp_path / f"half/checkpoints/step-{half:08d}")
+    assert {"heads", "disc_optimizer"} < continued.keys() == long.keys()
+    for group, tensors in long.items():
+        assert same(tensors, continued[group]), group
 
 
 def test_the_heads_learn_to_tell_made_images_from_real_ones() -> None:

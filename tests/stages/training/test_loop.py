@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rae.stages.job import Job
+from rae.stages.models.payload import Payload
 from rae.stages.sections import TrainingSection
 from rae.stages.training.loop import Learner, train
 from rae.stages.training.metrics_log import read
@@ -24,6 +25,7 @@ from rae.store.errors import PartialResult, RaeError
 from rae.store.order import GlobalShuffle, batch_rows
 
 ROWS = 10
+PAYLOAD = Payload("model.json", {"what": "points"})
 SECTION = TrainingSection(
     steps=9,  # 3 steps an epoch
     batch_size=3,
@@ -72,7 +74,8 @@ def learner_of(section: TrainingSection, loss: Any = loss) -> Learner[Points]:
 
 def run(section: TrainingSection, job: Job, loss: Any = loss, make: Any = None) -> tuple[Learner[Points], Any]:
     learner = learner_of(section, loss)
-    return learner, train(learner, make or points(section), section, rows=ROWS, job=job, ranks=Ranks())
+    result = train(learner, make or points(section), section, PAYLOAD, rows=ROWS, job=job, ranks=Ranks())
+    return learner, result.metrics
 
 
 def numbers_of(folder: Path) -> list[dict[str, Any]]:
@@ -328,7 +331,7 @@ def test_on_a_gpu_in_bf16_a_resumed_run_is_close_to_the_whole(tmp_path):
         part = section.model_copy(update={"steps": steps, "schedule": "constant"})
         learner = Learner(model, on_device, part, rows=ROWS, ranks=Ranks(), device=device)
         assert learner.optimizer.defaults["fused"]
-        train(learner, points(part), part, rows=ROWS, job=job, ranks=Ranks())
+        train(learner, points(part), part, PAYLOAD, rows=ROWS, job=job, ranks=Ranks())
         return learner
 
     whole = trained(9, Job(tmp_path / "whole"))

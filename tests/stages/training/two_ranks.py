@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rae.stages.job import Job
+from rae.stages.models.payload import Payload
 from rae.stages.sections import TrainingSection
 from rae.stages.training.loop import Learner, train
 from rae.stages.training.randomness import normal
@@ -61,7 +62,7 @@ def learner(loss, section=SECTION):
 
 def run(job, loss=loss):
     made = learner(loss)
-    train(made, batch, SECTION, rows=ROWS, job=job, ranks=RANKS)
+    train(made, batch, SECTION, Payload("model.json", {}), rows=ROWS, job=job, ranks=RANKS)
     return made
 
 
