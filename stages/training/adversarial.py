@@ -74,9 +74,7 @@ class AdversarialLearner(Trainee[S]):
         self.discriminator, self.tokens, self.reconstruction = discriminator.to(device), tokens, reconstruction
         self.heads = self.discriminator.heads
         self.judge = wrap(self.discriminator, ranks, device)
-        # Gradients of real and made images all but cancel in some channels, and Adam makes steps of what is left: it
-        # rounds as the official one does.
-        self.disc_optimizer = build_optimizer(self.heads, section, fused=False)
+        self.disc_optimizer = build_optimizer(self.heads, section)
         self.disc_start, self.gan_start = (section.start_step(part, self.schedule[0]) for part in ("disc", "gan"))
         if section.compile:
             # By block, so that a gradient at the last layer does not run through what is compiled.

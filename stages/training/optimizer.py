@@ -54,10 +54,10 @@ def learning_rate(section: TrainingSection, step: int, steps_per_epoch: int, tot
     return section.final_lr + (section.lr - section.final_lr) * remaining
 
 
-def build_optimizer(model: nn.Module, section: TrainingSection, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; `fused` into one kernel where the device has one, which rounds otherwise."""
+def build_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, in one fused kernel where the device has one."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = fused and all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     return torch.optim.AdamW(
         parameters,
         lr=section.lr,
