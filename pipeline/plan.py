@@ -2,7 +2,7 @@
 
     images or shards --shards--> shards
     shards --encode--> latents (+ exact statistics)
-    shards (+ the encoder) --train-decoder--> decoder
+    shards (+ the encoder, or latents) --train-decoder--> decoder
     latents --train-dit--> dit
     dit + decoder (+ a guide) --sample--> samples
     samples + decoder + shards --evaluate--> scores
@@ -15,14 +15,14 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rae.pipeline.config import PipelineConfig
 from rae.stages.job import Job, Result
 from rae.stages.models.geometry import encoder_geometry, input_size_for
 from rae.stages.models.own_encoder import OwnEncoder
 from rae.stages.models.weights import EncoderSource, locate_encoder
-from rae.stages.sections import EncodeSection, Section, TrainDitSection
+from rae.stages.sections import EncodeSection, Section
 from rae.stages.shards import in_place
 from rae.stages.sources import Split
 from rae.store.artifacts import Artifact, Workspace
@@ -213,15 +213,25 @@ class Pipeline:
         input_size = input_size_for(self.encoder_source, encode.image_size, encode.encoder_input_size)
         return encoder_geometry(self.encoder_source, input_size, encode.feature_index)
 
-    def latents(self) -> Artifact:
-        """What the transformer trains on: latents named by a REF, checked against `encode`, or this pipeline's own."""
-        ref = self.section("train_dit", TrainDitSection).latents
-        if ref is None:
+    def latents(self, reader: Literal["train_decoder", "train_dit"] = "train_dit") -> Artifact:
+        """What a trainer reads: latents named by a REF, checked against `encode`, or this pipeline's own.
+
+        The transformer's must be the very ones that `encode` describes, the decoder's of the same encoder and size.
+        """
+        section = getattr(self.config, reader)
+        if section.latents is None:
             return self.need("encode")
+        ref = section.latents
         artifact = self.workspace.resolve(ref, "latents")
         if self.config.encode is not None:
-            asked = {"config": self.encoding(), "weights": self.encoder_source.digests}
-            found = {key: artifact.manifest.recipe.get(key) for key in asked}
+            settings = self.encoding()["encode"] if reader == "train_dit" else self.encoder()
+            recipe = artifact.manifest.recipe
+            stored = recipe["config"]["encode"]
+            asked = {"encode": settings, "weights": self.encoder_source.digests}
+            found = {
+                "encode": {key: stored.get(key) for key in settings} if reader == "train_decoder" else stored,
+                "weights": recipe.get("weights"),
+            }
             if fields := "; ".join(differing_fields(asked, found)):
                 raise StaleInput(
                     f"the latents `{ref}` are not what `{self.config.name}` asks for ({fields})",

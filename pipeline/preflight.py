@@ -65,7 +65,20 @@ def _encoder(pipeline: Pipeline) -> object:
 
 def _crops(pipeline: Pipeline) -> None:
     section = pipeline.section("train_decoder", TrainDecoderSection)
+    if section.latents is not None:
+        return
     section.check_sizes(pipeline.section("encode", EncodeSection).image_size, pipeline.geometry()[1])
+
+
+def _decoder_encoder(pipeline: Pipeline) -> object:
+    """The encoder that the decoder is for, unless the latents that it is fed say all that is needed of it."""
+    section = pipeline.section("train_decoder", TrainDecoderSection)
+    return pipeline.geometry() if section.needs_encoder or section.latents is None else None
+
+
+def _decoder_latents(pipeline: Pipeline) -> None:
+    if pipeline.section("train_decoder", TrainDecoderSection).latents is not None:
+        pipeline.latents("train_decoder")
 
 
 def _perceptual(pipeline: Pipeline) -> None:
@@ -176,7 +189,15 @@ def _distance(pipeline: Pipeline) -> None:
 
 _CHECKS: dict[str, tuple[Callable[[Pipeline], object], ...]] = {
     "encode": (_images, _encoder),
-    "train_decoder": (_images, _encoder, _crops, _perceptual, _discriminator, _origins_of("train_decoder")),
+    "train_decoder": (
+        _images,
+        _decoder_encoder,
+        _decoder_latents,
+        _crops,
+        _perceptual,
+        _discriminator,
+        _origins_of("train_decoder"),
+    ),
     "train_dit": (_train_dit, _origins_of("train_dit")),
     "sample": (_sample, _guide),
     "evaluate": (_held_out, _extractor, _distance),

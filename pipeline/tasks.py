@@ -104,27 +104,34 @@ def _found_here(config: str, workspace: str, recipe: str, device: str) -> tuple[
 
 def _train_decoder(pipeline: Pipeline) -> Task:
     section = pipeline.section("train_decoder", TrainDecoderSection)
-    encode = pipeline.section("encode", EncodeSection)
-    source, encoder_source = pipeline.train, pipeline.encoder_source
-    weights = dict(encoder_source.digests)
+    config: Json = {"train_decoder": section.in_recipe()}
+    weights: Json = {}
+    if section.needs_encoder:
+        weights |= pipeline.encoder_source.digests
+        config["encoder"] = pipeline.encoder()
+    if section.feed == "online":
+        inputs, read = {}, {"source": pipeline.train.digests, "reading": pipeline.reading()}
+    else:  # what the latents were made of stands in their own recipe
+        inputs, read = {"latents": pipeline.latents("train_decoder")}, {}
     if section.perceptual_loss == "lpips":
         backbone = locate_lpips(section.lpips_weights)
         weights[backbone.name] = digest_file(backbone)
     if section.adversarial_loss == "dino":
         weights[f"dino/{section.recipe}"] = digest_file(locate_dino(section.recipe, section.disc_weights))
-    config = {"train_decoder": section.in_recipe(), "encoder": pipeline.encoder()}
     begins = longer_runs.origins(pipeline, "train_decoder")
-    digests: Json = {"weights": weights, "source": source.digests}
-    recipe = _recipe("train_decoder", config, begins, reading=pipeline.reading(), **digests)
+    recipe = _recipe("train_decoder", config, inputs | begins, weights=weights, **read)
     longer_runs.check_continues(recipe, begins)
 
     def run(job: Job) -> Result:
         from rae.stages import train_decoder
 
-        return train_decoder.run(section, encode, source, encoder_source, longer_runs.beginning_of(begins), job)
+        encode = pipeline.section("encode", EncodeSection) if section.needs_encoder else None
+        encoder_source = pipeline.encoder_source if section.needs_encoder else None
+        given = train_decoder.Given(encode, encoder_source, pipeline.train, inputs.get("latents"))
+        return train_decoder.run(section, given, longer_runs.beginning_of(begins), job)
 
     steps = longer_runs.milestones(pipeline, "train_decoder")
-    return Task(STAGES["train_decoder"], recipe, pipeline.shards | begins, run, milestones=steps)
+    return Task(STAGES["train_decoder"], recipe, pipeline.shards | inputs | begins, run, milestones=steps)
 
 
 def _train_dit(pipeline: Pipeline) -> Task:

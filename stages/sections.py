@@ -162,6 +162,10 @@ class TrainDecoderSection(TrainingSection):
 
     `size` S, B, L or XL stands for `hidden_size`, `depth`, `num_heads` and `intermediate_size`.
 
+    `feed` is what it learns from: `online`, random crops of images resized to `resize_size`, through the live encoder
+    (the paper); `cached`, stored views of the latents and their images, without the encoder. The latents are those that
+    this configuration encodes, or those that the REF `latents` names. docs/train_decoder.md says what each costs.
+
     Losses begin at an epoch (a fraction will do), or at the optimizer step `*_start_step` where that is given:
     `perceptual` and `gan` are the decoder's terms, `disc` is the discriminator's own training.
     """
@@ -172,6 +176,8 @@ class TrainDecoderSection(TrainingSection):
     depth: Positive = 12
     num_heads: Positive = 12
     intermediate_size: Positive = 3072
+    feed: Literal["online", "cached"] = "online"
+    latents: Location = None
     resize_size: Positive | None = None
     noise_tau: Annotated[float, Field(ge=0)] = 0.8
     perceptual_loss: Literal["lpips", "encoder", "none"] = "lpips"
@@ -195,6 +201,17 @@ class TrainDecoderSection(TrainingSection):
     disc_weights: Location = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9978
 
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether the encoder runs in training: to make tokens, or in a loss."""
+        return self.feed == "online" or self.perceptual_loss == "encoder"
+
+    def in_recipe(self) -> dict[str, Any]:
+        """Without what another feed alone reads, and without the paper's feed."""
+        settings = super().in_recipe()
+        del settings["feed" if self.feed == "online" else "resize_size"]
+        return settings
+
     def start_step(self, part: Literal["perceptual", "disc", "gan"], steps_per_epoch: int) -> int:
         """The optimizer step, counted from 0, at which a loss begins."""
         step: int | None = getattr(self, f"{part}_start_step")
@@ -208,7 +225,7 @@ class TrainDecoderSection(TrainingSection):
                 f"`encode.image_size` {image_size} is not a multiple of the encoder's {grid[0]}x{grid[1]} grid of"
                 " tokens"
             )
-        if self.resize_size is not None and self.resize_size < image_size:
+        if self.feed == "online" and self.resize_size is not None and self.resize_size < image_size:
             raise ConfigError(
                 f"`train_decoder.resize_size` {self.resize_size} is less than `encode.image_size` {image_size}: crops"
                 " of that side do not fit the resized images"
@@ -224,6 +241,12 @@ class TrainDecoderSection(TrainingSection):
         for what, divisor in (("`num_heads`", self.num_heads), ("what its positions need,", 4)):
             if self.hidden_size % divisor:
                 raise ValueError(f"`hidden_size` {self.hidden_size} is not a multiple of {what} {divisor}")
+        return self
+
+    @model_validator(mode="after")
+    def _latents_are_read(self) -> Self:
+        if self.latents is not None and self.feed == "online":
+            raise ValueError("`latents` are read by `feed: cached`, and `feed` is online")
         return self
 
     @model_validator(mode="after")

@@ -1,109 +1,175 @@
 """`rae train-decoder`: the ViT decoder learns to turn noisy tokens of the frozen encoder back into pixels.
 
-Fed online (RAE paper, section 3): every image is read by its address in the shards, cropped, and encoded as it comes.
+RAE paper, section 3. What it is shown comes from a feed (`rae.stages.training.feeds`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rae.stages.images import BadImage, center_crop, decode, resized_crop
 from rae.stages.job import Beginning, Job, Result
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens
 from rae.stages.models.discriminator import DinoDiscriminator
-from rae.stages.models.encoders import Encoder, describe, load_encoder
+from rae.stages.models.encoders import Encoder, EncoderInfo, load_encoder
 from rae.stages.models.geometry import input_size_for
-from rae.stages.models.perceptual import build_perceptual
+from rae.stages.models.perceptual import EncoderDistance, LpipsDistance, build_perceptual
 from rae.stages.models.pixels import to_unit
-from rae.stages.models.trained import decoder_payload
+from rae.stages.models.trained import decoder_payload, read_encoder
 from rae.stages.models.weights import EncoderSource, locate_dino
 from rae.stages.sections import EncodeSection, TrainDecoderSection
 from rae.stages.training.adversarial import AdversarialLearner, augment_draws
 from rae.stages.training.beginning import begin_decoder
+from rae.stages.training.feeds import Feed, OnlineFeed, StoredFeed
 from rae.stages.training.loop import Learner, Trainee, train
 from rae.stages.training.optimizer import steps_per_epoch
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
+from rae.store.artifacts import Artifact
 from rae.store.errors import CorruptData
-from rae.store.order import GlobalShuffle, batch_rows, draw
-from rae.store.shards import Source
+from rae.store.latents import LatentStore
+from rae.store.order import GlobalShuffle, IntArray, batch_rows
+from rae.store.source import Source
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images [B, 3, S, S] in [0, 1], and the noise for their tokens: levels [B] in [0, 1) and draws [B, C, H, W].
+    """Images [B, 3, S, S] in [0, 1], their raw tokens [B, C, H, W] if they are stored, and the noise for the tokens.
 
-    `step` is the optimizer step that they are for; `augment_draws` are those of an adversarial loss.
+    That has levels [B] in [0, 1) and draws [B, C, H, W]; `augment_draws` are those of an adversarial loss. `step` is
+    the optimizer step that all are for.
     """
 
     images: Tensor
+    stored: Tensor | None
     level: Tensor
     noise: Tensor
     augment_draws: Tensor
     step: int
-    keys: Sequence[str]
+    feed: Feed
+    rows: IntArray
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Names of the samples, read when a message needs them."""
+        return self.feed.keys_of(self.rows)
 
 
-class Crops:
-    """Training images by row: decoded, resized and cropped as (seed, epoch, row) says."""
-
-    def __init__(self, source: Source, section: TrainDecoderSection, image_size: int) -> None:
-        self._source, self._section, self._size = source, section, image_size
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def batch(self, rows: np.ndarray, epoch: int) -> np.ndarray:
-        """Pixels uint8 [B, S, S, 3]. A row that cannot be used shows the next usable one, so it never trains."""
-        across, down = (draw(self._section.seed, f"crop_{axis}", epoch, rows) for axis in "xy")
-        crops = [self._crop(int(row), (x, y)) for row, x, y in zip(rows, across, down, strict=True)]
-        return np.stack(crops)
-
-    def _crop(self, row: int, position: tuple[float, float]) -> np.ndarray:
-        for candidate in range(row, row + len(self._source)):
-            usable = candidate % len(self._source)
-            if self._source.reason(usable) is not None:
-                continue
-            try:
-                image = decode(self._source.read(usable))
-                if self._section.resize_size is None:
-                    return center_crop(image, self._size)
-                return resized_crop(image, self._section.resize_size, self._size, position)
-            except BadImage:
-                continue
-        raise CorruptData("none of the training images can be decoded")
+TokensOf: TypeAlias = Callable[[Batch], tuple[Tensor, Tensor]]  # clean and noised
+LossOf: TypeAlias = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]  # of made images: the mean, its parts
 
 
-def run(
-    section: TrainDecoderSection,
-    encode: EncodeSection,
-    source: Source,
-    encoder_source: EncoderSource,
-    beginning: Beginning,
-    job: Job,
-) -> Result:
-    """Train the decoder of `section` for the encoder of `encoder_source`; returns its payload and the last losses."""
+@dataclass(frozen=True)
+class Given:
+    """What the decoder is trained for and from: an encoder, or stored latents, or both."""
+
+    encode: EncodeSection | None
+    encoder_source: EncoderSource | None
+    source: Source
+    latents: Artifact | None
+
+    def load_encoder(self, device: str) -> Encoder | None:
+        """The encoder, if it is given."""
+        if self.encode is None or self.encoder_source is None:
+            return None
+        input_size = input_size_for(self.encoder_source, self.encode.image_size, self.encode.encoder_input_size)
+        return load_encoder(self.encoder_source, input_size, self.encode.feature_index, device)
+
+
+def run(section: TrainDecoderSection, given: Given, beginning: Beginning, job: Job) -> Result:
+    """Train the decoder of `section` for the tokens that are `given`; returns its payload and the last losses."""
     ranks = Ranks.from_environment()
     device = ranks.device(job.device)
-    input_size = input_size_for(encoder_source, encode.image_size, encode.encoder_input_size)
-    encoder = load_encoder(encoder_source, input_size, encode.feature_index, str(device))
-    config = describe_decoder(section, encode, encoder)
+    encoder = given.load_encoder(str(device))
+    feed, info, image_size = open_feed(section, given, encoder)
+    config = describe_decoder(section, image_size, info)
     perceptual = build_perceptual(section.perceptual_loss, encoder, section.lpips_weights)
     perceptual = perceptual.to(device) if perceptual is not None else None
-    crops = Crops(source, section, encode.image_size)
     torch.manual_seed(section.seed)  # initial weights
+    decoder = ViTDecoder(config)
+    decoder.grad_checkpoint = section.grad_checkpoint
+    if beginning.init_from is not None:
+        begin_decoder(decoder, beginning.init_from, section.init_weights)
+    place: dict[str, Any] = {"rows": len(feed), "ranks": ranks}
+    reconstruction = reconstruction_of(section, perceptual, steps_per_epoch(section, len(feed)))
+    learner = build_learner(decoder, tokens_of(section, encoder), reconstruction, section, device=device, **place)
+    order = GlobalShuffle(len(feed))
 
-    per_epoch = steps_per_epoch(section, len(crops))
-    perceptual_start = section.start_step("perceptual", per_epoch)
+    def batch(epoch: int, step: int) -> Batch:
+        rows = batch_rows(order, section.batch_size, section.seed, epoch, step, ranks.rank, ranks.world_size)
+        return make_batch(section, feed, info, rows, (epoch, step), device)
 
+    described = {
+        "perceptual_loss": perceptual.description if perceptual is not None else "none",
+        "adversarial_loss": f"DINO {section.recipe}" if section.adversarial_loss == "dino" else "none",
+    }
+    payload = replace(decoder_payload(config, info.to_json()), metrics=described)
+    return train(learner, batch, section, payload, job=job, continued=beginning.checkpoint, **place)
+
+
+def open_feed(section: TrainDecoderSection, given: Given, encoder: Encoder | None) -> tuple[Feed, EncoderInfo, int]:
+    """What the section's `feed` shows, the encoder that its tokens are of, and the side of its images in pixels.
+
+    Raises `StaleInput` if the stored latents are of other images than the source's.
+    """
+    if section.feed == "online":
+        assert encoder is not None
+        assert given.encode is not None
+        image_size = given.encode.image_size
+        return OnlineFeed(given.source, image_size, section.resize_size, section.seed), encoder.info, image_size
+    assert given.latents is not None
+    store, info = LatentStore(given.latents.payload), EncoderInfo.from_json(read_encoder(given.latents.payload))
+    if (info.token_dim, *info.grid) != store.shape:
+        raise CorruptData(f"{store.folder} holds latents {store.shape}, and its encoder.json describes other tokens")
+    image_size = int(given.latents.manifest.config["encode"]["image_size"])
+    return StoredFeed(given.source, store, image_size, section.seed), info, image_size
+
+
+def make_batch(
+    section: TrainDecoderSection,
+    feed: Feed,
+    info: EncoderInfo,
+    rows: IntArray,
+    when: tuple[int, int],
+    device: torch.device,
+) -> Batch:
+    """The training rows at `when` (epoch, step of it) with their draws: functions of (seed, purpose, epoch, row)."""
+    epoch, step = when
+    pixels, stored = feed.batch(rows, epoch)
+    return Batch(
+        images=to_unit(pixels, device),
+        stored=None if stored is None else torch.from_numpy(stored).to(device).float(),
+        level=uniform(section.seed, "noise_level", epoch, rows, device),
+        noise=normal((info.token_dim, *info.grid), section.seed, "noise", epoch, rows, device),
+        augment_draws=augment_draws(section.seed, epoch, rows),
+        step=epoch * steps_per_epoch(section, len(feed)) + step,
+        feed=feed,
+        rows=rows,
+    )
+
+
+def tokens_of(section: TrainDecoderSection, encoder: Encoder | None) -> TokensOf:
+    """A batch's clean tokens, stored or made by `encoder`, and noised ones."""
+
+    @torch.no_grad()
     def tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
+        if batch.stored is not None:
+            clean = batch.stored
+        else:
+            assert encoder is not None
             clean = encoder(batch.images)
-            return clean, noise_tokens(clean, section.noise_tau, batch.level, batch.noise)
+        return clean, noise_tokens(clean, section.noise_tau, batch.level, batch.noise)
+
+    return tokens
+
+
+def reconstruction_of(
+    section: TrainDecoderSection, perceptual: LpipsDistance | EncoderDistance | None, per_epoch: int
+) -> LossOf:
+    """L1 on [0, 1] plus the weighted perceptual distance once that has begun."""
+    perceptual_start = section.start_step("perceptual", per_epoch)
 
     def reconstruction(made: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         pixel = (made - batch.images).abs().mean()
@@ -114,40 +180,21 @@ def run(
         distance = perceptual(made, batch.images).mean()
         return pixel + section.perceptual_weight * distance, {"l1": pixel, "perceptual": distance}
 
+    return reconstruction
+
+
+def build_learner(
+    decoder: ViTDecoder, tokens: TokensOf, reconstruction: LossOf, section: TrainDecoderSection, **place: Any
+) -> Trainee[Batch]:
+    """The decoder in training, against a discriminator if there is an adversarial loss."""
+    if section.adversarial_loss == "dino":
+        return AdversarialLearner(decoder, build_discriminator(section), tokens, reconstruction, section, **place)
+
     def loss(forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         _, noised = tokens(batch)
         return reconstruction(forward(noised), batch)
 
-    order = GlobalShuffle(len(crops))
-
-    def batch(epoch: int, step: int) -> Batch:
-        place = (ranks.rank, ranks.world_size)
-        rows = batch_rows(order, section.batch_size, section.seed, epoch, step, *place)
-        images = to_unit(crops.batch(rows, epoch), device)
-        level = uniform(section.seed, "noise_level", epoch, rows, device)
-        noise = normal((encoder.token_dim, *encoder.grid), section.seed, "noise", epoch, rows, device)
-        draws = augment_draws(section.seed, epoch, rows)
-        return Batch(images, level, noise, draws, epoch * per_epoch + step, [source.keys[row] for row in rows])
-
-    decoder = ViTDecoder(config)
-    decoder.grad_checkpoint = section.grad_checkpoint
-    if beginning.init_from is not None:
-        begin_decoder(decoder, beginning.init_from, section.init_weights)
-    learner: Trainee[Batch]
-    if section.adversarial_loss == "dino":
-        discriminator = build_discriminator(section)
-        learner = AdversarialLearner(
-            decoder, discriminator, tokens, reconstruction, section, rows=len(crops), ranks=ranks, device=device
-        )
-    else:
-        learner = Learner(decoder, loss, section, rows=len(crops), ranks=ranks, device=device)
-    described = {
-        "perceptual_loss": perceptual.description if perceptual is not None else "none",
-        "adversarial_loss": f"DINO {section.recipe}" if section.adversarial_loss == "dino" else "none",
-    }
-    payload = replace(decoder_payload(config, describe(encoder)), metrics=described)
-    places: dict[str, Any] = {"rows": len(crops), "job": job, "ranks": ranks, "continued": beginning.checkpoint}
-    return train(learner, batch, section, payload, **places)
+    return Learner(decoder, loss, section, **place)
 
 
 def build_discriminator(section: TrainDecoderSection) -> DinoDiscriminator:
@@ -157,9 +204,9 @@ def build_discriminator(section: TrainDecoderSection) -> DinoDiscriminator:
     return discriminator
 
 
-def describe_decoder(section: TrainDecoderSection, encode: EncodeSection, encoder: Encoder) -> DecoderConfig:
+def describe_decoder(section: TrainDecoderSection, image_size: int, encoder: EncoderInfo) -> DecoderConfig:
     """The sizes of the decoder: one patch per token, so the image must be a whole number of patches."""
-    section.check_sizes(encode.image_size, encoder.grid)
+    section.check_sizes(image_size, encoder.grid)
     grid = encoder.grid[0]
     return DecoderConfig(
         token_dim=encoder.token_dim,
@@ -168,7 +215,7 @@ def describe_decoder(section: TrainDecoderSection, encode: EncodeSection, encode
         depth=section.depth,
         num_heads=section.num_heads,
         intermediate_size=section.intermediate_size,
-        patch_size=encode.image_size // grid,
+        patch_size=image_size // grid,
         image_mean=encoder.mean,
         image_std=encoder.std,
     )

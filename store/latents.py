@@ -132,6 +132,15 @@ class LatentStore:
         return labels
 
     @cached_property
+    def image_digests(self) -> npt.NDArray[np.uint8]:
+        """The sha256 of the image file that each row was made of, uint8 [N, 32]."""
+        digests = np.empty((len(self), 32), np.uint8)
+        for group in range(self._index.groups):
+            joined = "".join(self._index.column("image_sha256", group).to_pylist())
+            digests[self._index.rows(group)] = np.frombuffer(bytes.fromhex(joined), np.uint8).reshape(-1, 32)
+        return digests
+
+    @cached_property
     def keys(self) -> list[str]:
         """Key of each row, all of them; `keys_of` reads those of some rows."""
         groups = range(self._index.groups)
@@ -166,7 +175,7 @@ class LatentStore:
 
     def rows(self, rows: npt.ArrayLike, views: npt.ArrayLike) -> Latents:
         """Raw latents [B, C, H, W] of `rows` [B] in the given `views` [B] (or one for all); float16 or float32."""
-        parts, places = self._places(np.asarray(rows, dtype=np.int64))
+        parts, places = self.places(np.asarray(rows, dtype=np.int64))
         chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), parts.shape)
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.views:
             raise IndexError(f"a store of {self.views} view(s) was asked for views {chosen.min()} to {chosen.max()}")
@@ -257,7 +266,7 @@ class LatentStore:
             rows, views = upcoming
             upcoming = next(drawn, None)
             if upcoming is not None:
-                self._announce(*self._places(upcoming[0]), upcoming[1])
+                self._announce(*self.places(upcoming[0]), upcoming[1])
             latents = self.rows(rows, views)
             yield {
                 "latent": latents if raw else self.stats.whiten(latents),
@@ -271,12 +280,13 @@ class LatentStore:
             for array in self.layout.arrays:
                 self._shard(part, array).announce(place, view)
 
-    def _places(self, rows: IntArray) -> tuple[IntArray, IntArray]:
-        """Part and row in the part of each row. Only parts with invalid rows need their shard's index for that."""
+    def places(self, rows: IntArray) -> tuple[IntArray, IntArray]:
+        """The part of each row, and its place among the part's samples."""
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} were asked of a store of {len(self)}")
         parts = np.searchsorted(self._first_row, rows, side="right") - 1
         places = rows - self._first_row[parts]
+        # Only parts with invalid rows need their shard's index for that.
         for part in np.unique(parts[self._has_holes[parts]]).tolist():
             here = parts == part
             places[here] = self._shard(part, self.layout.arrays[0]).valid_rows[places[here]]

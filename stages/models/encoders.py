@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from rae.stages.models.autoencoder_kl import KlBackbone, load_autoencoder_kl
@@ -35,6 +36,7 @@ from rae.stages.models.geometry import (
 from rae.stages.models.model_folder import EncoderKind
 from rae.stages.models.own_encoder import OwnEncoder, Triple
 from rae.stages.models.weights import EncoderFiles, EncoderSource
+from rae.store.errors import CorruptData
 
 __all__ = ["Encoder", "EncoderInfo", "describe", "describe_files", "encoder_geometry", "load_encoder", "resized"]
 
@@ -62,6 +64,14 @@ class EncoderInfo:
         """JSON-ready: name, kind, token_dim, grid, input_size, mean, std, digest, feature_index, version."""
         values = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """The inverse of `to_json`; `CorruptData` for what is no description of an encoder."""
+        try:
+            return TypeAdapter(cls).validate_python(value)
+        except ValidationError as error:
+            raise CorruptData(f"this does not describe an encoder: {error}") from error
 
 
 class Encoder(nn.Module):

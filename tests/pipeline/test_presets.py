@@ -81,7 +81,10 @@ def test_a_preset_builds_the_published_models(name: str, tmp_path: Path) -> None
     seen = SimpleNamespace(token_dim=token_dim, grid=found_grid, mean=pixels.mean, std=pixels.std)
     shape = (token_dim, *found_grid)
     with torch.device("meta"):
-        built = ViTDecoder(describe_decoder(decoder, encode, seen)), build_dit(describe_dit(dit, shape, 1000))
+        built = (
+            ViTDecoder(describe_decoder(decoder, encode.image_size, seen)),
+            build_dit(describe_dit(dit, shape, 1000)),
+        )
     assert [millions(model) for model in built] == [decoder_millions, dit_millions]
     assert built[0].config.image_size == encode.image_size
     assert built[0].config.patch_size == 16
