@@ -138,9 +138,7 @@ class Pipeline:
             raise MissingInput(error.message, error.next_command or self.command(stage.verb)) from error
         if found is None:
             where = f"in the workspace {self.workspace.root}"
-            raise MissingInput(
-                f"the {stage.kind} of `{self.config.name}` are not {where} yet", self.command(stage.verb)
-            )
+            raise MissingInput(f"`{self.config.name}` has no {stage.kind} {where} yet", self.command(stage.verb))
         return found
 
     def command(self, verb: str) -> str:

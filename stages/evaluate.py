@@ -22,7 +22,7 @@ from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
 from rae.store.artifacts import Artifact
 from rae.store.errors import CorruptData
-from rae.store.manifest import Json, canonical
+from rae.store.manifest import Json, Manifest, canonical
 from rae.store.shards import Source
 
 RECONSTRUCTIONS, BY_LATENT_NOISE = "reconstructions.npz", "latent_noise.npz"  # what the report shows
@@ -103,8 +103,14 @@ def _score_samples(
         "classifier": section.classifier,
         "transfer_images": section.transfer_images,
         "nearest_k": section.nearest_k,
-        "sample": samples.manifest.config["sample"],
+        "sample": drawn_with(samples.manifest),
     }
+
+
+def drawn_with(samples: Manifest) -> Json:
+    """The settings that samples were drawn with, and the id of the transformer that guided them, if one did."""
+    guide = samples.inputs.get("guide")
+    return {**samples.config["sample"], **({"guide": guide["id"]} if guide else {})}
 
 
 def load_images(source: Source, size: int, job: Job, unit: str) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from rae.stages.models.trained import Decoder, Dit, check_compatible, check_guid
 from rae.stages.sections import SampleSection
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
-from rae.store.errors import ConfigError
+from rae.store.errors import ConfigError, CorruptData
 from rae.store.publish import replace_bytes
 
 
@@ -105,6 +105,12 @@ def draw(
     with torch.autocast(device.type, torch.bfloat16, enabled=section.precision == "bf16"):
         latents = _latents(dit, labels[drawn], indices[drawn], section, guide, progress)
         images = decoder(dit.raw(latents[rows].float()))
+    finite = images.isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        raise CorruptData(
+            f"image {indices[rows[int(finite.int().argmin())]]} is not finite: the transformer's or the decoder's"
+            " weights are damaged, or sampling diverges with these settings"
+        )
     return to_uint8(images)[: len(indices)]
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.encoders import Encoder
 from rae.stages.models.payload import Payload
 from rae.stages.models.saving import digest_weights, load_weights, read_tensors, read_weights
-from rae.stages.models.transport import Transport, create_transport
+from rae.stages.models.transport import Transport, create_transport, named
 from rae.store.errors import CorruptData, MissingInput, StaleInput
 from rae.store.manifest import Json, differing_fields
 
@@ -229,6 +229,7 @@ def load_weights_of(folder: Path, weights: Weights) -> dict[str, Tensor]:
 
 
 def _weights_file(folder: Path, weights: Weights) -> Path:
+    named("weights", weights, get_args(Weights))
     path = folder / f"{weights}.safetensors"
     if weights == "model" and not path.exists():
         raise MissingInput(f"{folder} was imported with one set of weights: ask for `ema` instead of `model`")

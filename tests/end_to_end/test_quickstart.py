@@ -206,6 +206,8 @@ def test_dit_and_transport_train_and_sample(place: str) -> None:
 def test_weights_of_ema_and_model_differ(place: str) -> None:
     ema, model = (api.load_dit("tiny", workspace=place, weights=weights) for weights in ("ema", "model"))
     assert any(not torch.equal(one, other) for one, other in zip(ema.parameters(), model.parameters(), strict=True))
+    with pytest.raises(ConfigError, match="`weights` is 'emma'; it must be one of ema, model"):
+        api.load_dit("tiny", workspace=place, weights="emma")
 
 
 def test_the_sampler_s_images_depend_on_seed_index_and_class_alone(place: str) -> None:

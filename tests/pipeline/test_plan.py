@@ -163,7 +163,7 @@ def test_tars_in_place_need_no_shards_and_a_choice_among_them_does(tmp_path: Pat
 
 def test_what_is_missing_names_the_command_that_makes_it(plan: Plan, finished: Rae) -> None:
     pipeline = plan("encode.dtype=float32")
-    with pytest.raises(MissingInput, match="the latents of `tiny` are not in the workspace") as refusal:
+    with pytest.raises(MissingInput, match="`tiny` has no latents in the workspace") as refusal:
         pipeline.task("train_dit")
     where = f"-s encode.dtype=float32 -w {finished.workspace}"
     assert refusal.value.next_command == f"rae encode tiny.yaml {where}"

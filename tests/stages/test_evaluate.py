@@ -1,5 +1,6 @@
 """`rae evaluate`: which images are scored, and how scores of reconstruction fall with noise on the tokens."""
 
+import dataclasses
 import itertools
 import json
 from io import BytesIO
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rae.stages.evaluate import load_images
+from rae.stages.evaluate import drawn_with, load_images
 from rae.stages.images import center_crop
 from rae.stages.job import Job
 from rae.store.errors import CorruptData
+from rae.store.manifest import Manifest
 from rae.store.shards import open_source
 from rae.store.shards_writer import ShardWriter
 from tests.conftest import TINY, Rae
@@ -36,6 +38,14 @@ def test_a_set_without_a_usable_image_is_refused(tmp_path: Path) -> None:
         writer.add("k0", b"broken", "png")
     with pytest.raises(CorruptData, match="none of the 1 held-out images"):
         load_images(open_source(tmp_path / "val-*.tar"), 16, Job(tmp_path), "held-out images")
+
+
+def test_the_protocol_of_samples_names_their_guide() -> None:
+    dit, guide = ({"kind": "dit", "id": digit * 16, "content": ""} for digit in "12")
+    plain = Manifest("samples", "x", {}, "", {"dit": dit}, {"sample": {"guidance_scale": 1.5}}, [], {})
+    assert drawn_with(plain) == {"guidance_scale": 1.5}
+    guided = dataclasses.replace(plain, inputs={"dit": dit, "guide": guide})
+    assert drawn_with(guided) == {"guidance_scale": 1.5, "guide": guide["id"]}
 
 
 LEVELS = [0.5, 0, 1, 2]

@@ -26,7 +26,7 @@ from rae.stages.sample import choose_labels, draw_all, run
 from rae.stages.sections import SampleSection
 from rae.stages.training import randomness
 from rae.store.artifacts import Artifact
-from rae.store.errors import ConfigError, StaleInput
+from rae.store.errors import ConfigError, CorruptData, StaleInput
 from rae.store.manifest import Manifest
 
 ENCODER = {"digest": "d", "feature_index": 3, "input_size": 64, "token_dim": 8, "grid": [2, 2]}
@@ -49,6 +49,17 @@ def models() -> tuple[Dit, Decoder]:
         image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5),
     )  # fmt: skip
     return dit, Decoder(ViTDecoder(decoding), ENCODER)
+
+
+def test_an_image_that_is_not_finite_is_told_and_not_drawn_black(models: tuple[Dit, Decoder]) -> None:
+    dit, decoder = models
+    broken = Dit(build_dit(dit.config), dit.about, dit.mean, dit.var)
+    with torch.no_grad():
+        broken.model.y_embedder.embedding_table.weight[1] = torch.nan
+        broken.model.final_layer.linear.bias += 1
+        torch.nn.init.normal_(broken.model.final_layer.adaLN_modulation[1].weight)
+    with pytest.raises(CorruptData, match="image 2 is not finite"):
+        draw_all(broken, decoder, np.array([0, 2, 1, 0]), SECTION)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "adaptive", "sde"])
