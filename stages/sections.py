@@ -166,6 +166,9 @@ class TrainDecoderSection(TrainingSection):
     (the paper); `cached`, stored views of the latents and their images, without the encoder. The latents are those that
     this configuration encodes, or those that the REF `latents` names. docs/train_decoder.md says what each costs.
 
+    `perceptual_loss` and `adversarial_loss` rest on networks whose weights are files to be had (`lpips`, `dino`, as the
+    paper), or on the encoder that is there anyway (`encoder`).
+
     Losses begin at an epoch (a fraction will do), or at the optimizer step `*_start_step` where that is given:
     `perceptual` and `gan` are the decoder's terms, `disc` is the discriminator's own training.
     """
@@ -185,7 +188,7 @@ class TrainDecoderSection(TrainingSection):
     perceptual_start_epoch: Start = 0.0
     perceptual_start_step: StartStep = None
     lpips_weights: Location = None
-    adversarial_loss: Literal["dino", "none"] = "dino"
+    adversarial_loss: Literal["dino", "encoder", "none"] = "dino"
     disc_weight: Annotated[float, Field(ge=0)] = 0.75
     max_d_weight: Annotated[float, Field(ge=0)] = 1e4
     disc_loss: Literal["hinge", "vanilla"] = "hinge"
@@ -204,7 +207,7 @@ class TrainDecoderSection(TrainingSection):
     @property
     def needs_encoder(self) -> bool:
         """Whether the encoder runs in training: to make tokens, or in a loss."""
-        return self.feed == "online" or self.perceptual_loss == "encoder"
+        return "encoder" in (self.perceptual_loss, self.adversarial_loss) or self.feed == "online"
 
     def in_recipe(self) -> dict[str, Any]:
         """Without what another feed alone reads, and without the paper's feed."""

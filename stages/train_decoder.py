@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rae.stages.job import Beginning, Job, Result
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens
-from rae.stages.models.discriminator import DinoDiscriminator
+from rae.stages.models.discriminator import DinoDiscriminator, Discriminator, EncoderDiscriminator
 from rae.stages.models.encoders import Encoder, EncoderInfo, load_encoder
 from rae.stages.models.geometry import input_size_for
 from rae.stages.models.perceptual import EncoderDistance, LpipsDistance, build_perceptual
@@ -94,7 +94,10 @@ def run(section: TrainDecoderSection, given: Given, beginning: Beginning, job: J
         begin_decoder(decoder, beginning.init_from, section.init_weights)
     place: dict[str, Any] = {"rows": len(feed), "ranks": ranks}
     reconstruction = reconstruction_of(section, perceptual, steps_per_epoch(section, len(feed)))
-    learner = build_learner(decoder, tokens_of(section, encoder), reconstruction, section, device=device, **place)
+    discriminator = build_discriminator(section, encoder)
+    learner = build_learner(
+        decoder, discriminator, tokens_of(section, encoder), reconstruction, section, device=device, **place
+    )
     order = GlobalShuffle(len(feed))
 
     def batch(epoch: int, step: int) -> Batch:
@@ -103,7 +106,7 @@ def run(section: TrainDecoderSection, given: Given, beginning: Beginning, job: J
 
     described = {
         "perceptual_loss": perceptual.description if perceptual is not None else "none",
-        "adversarial_loss": f"DINO {section.recipe}" if section.adversarial_loss == "dino" else "none",
+        "adversarial_loss": discriminator.description if discriminator is not None else "none",
     }
     payload = replace(decoder_payload(config, info.to_json()), metrics=described)
     return train(learner, batch, section, payload, job=job, continued=beginning.checkpoint, **place)
@@ -184,11 +187,16 @@ def reconstruction_of(
 
 
 def build_learner(
-    decoder: ViTDecoder, tokens: TokensOf, reconstruction: LossOf, section: TrainDecoderSection, **place: Any
+    decoder: ViTDecoder,
+    discriminator: Discriminator | None,
+    tokens: TokensOf,
+    reconstruction: LossOf,
+    section: TrainDecoderSection,
+    **place: Any,
 ) -> Trainee[Batch]:
-    """The decoder in training, against a discriminator if there is an adversarial loss."""
-    if section.adversarial_loss == "dino":
-        return AdversarialLearner(decoder, build_discriminator(section), tokens, reconstruction, section, **place)
+    """The decoder in training, against a discriminator if there is one."""
+    if discriminator is not None:
+        return AdversarialLearner(decoder, discriminator, tokens, reconstruction, section, **place)
 
     def loss(forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         _, noised = tokens(batch)
@@ -197,11 +205,17 @@ def build_learner(
     return Learner(decoder, loss, section, **place)
 
 
-def build_discriminator(section: TrainDecoderSection) -> DinoDiscriminator:
-    """The discriminator with DINO's weights and new heads; raises `MissingInput` or `CorruptData` for its file."""
-    discriminator = DinoDiscriminator(section.recipe, section.ks, section.norm_type, section.using_spec_norm)
-    discriminator.load_backbone(locate_dino(section.recipe, section.disc_weights))
-    return discriminator
+def build_discriminator(section: TrainDecoderSection, encoder: Encoder | None) -> Discriminator | None:
+    """New heads on DINO or on `encoder`; raises `MissingInput` or `CorruptData` for the file of DINO."""
+    heads = section.ks, section.norm_type, section.using_spec_norm
+    if section.adversarial_loss == "dino":
+        discriminator = DinoDiscriminator(section.recipe, *heads)
+        discriminator.load_backbone(locate_dino(section.recipe, section.disc_weights))
+        return discriminator
+    if section.adversarial_loss == "encoder":
+        assert encoder is not None
+        return EncoderDiscriminator(encoder, *heads)
+    return None
 
 
 def describe_decoder(section: TrainDecoderSection, image_size: int, encoder: EncoderInfo) -> DecoderConfig:

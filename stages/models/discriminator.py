@@ -1,11 +1,16 @@
-"""The discriminator of the decoder's adversarial loss: small heads on a frozen DINO ViT (as in StyleGAN-T and VAR).
+"""The discriminator of the decoder's adversarial loss: small heads on frozen features (as in StyleGAN-T and VAR).
 
-Head names are those of the official release (`bytetriper/RAE`, `src/disc/dinodisc.py`); the backbone's are DINO's own.
+`dino` is the published recipe, heads on a DINO ViT, whose weights are on few machines. `encoder` has the same heads on
+feature maps of an encoder that is there anyway. Neither stands in for the other.
 
-Shapes: B images, S pixels along a side, D backbone width, N patches of a 224 pixel image.
+Head names are those of the official release (`bytetriper/RAE`, `src/disc/dinodisc.py`); DINO's names are its own.
+
+Shapes: B images, S pixels along a side, D a feature's width, N positions of it: of DINO, patches of a 224 pixel image.
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
 from rae.stages.models.backbones import read_state_dict
+from rae.stages.models.encoders import Encoder
 from rae.stages.models.saving import check_weights
+from rae.store.errors import ConfigError
 
 INPUT_SIZE = 224
 # Blocks whose output a head reads; the last block's is read twice, the first time by the first head.
@@ -31,15 +38,65 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "B_16": {"patch_size": 16, "embed_dim": 768, "num_heads": 12},
 }
 
+GROUPS = 32  # of channels, in a group norm
 NormType = Literal["bn", "gn"]
 
 
-class DinoDiscriminator(nn.Module):
-    """Images [B, 3, S, S] in [-1, 1] -> logits [B, 5 * N], one per head and patch; larger is more real.
+class Discriminator(nn.Module, ABC):
+    """Images [B, 3, S, S] in [-1, 1] -> logits [B, sum of N], one per head and position; larger is more real.
 
     Only `heads` is trained and saved; in training mode each forward pass takes one step of their spectral norms' power
-    iteration, so put them in eval mode for the generator's loss.
+    iteration, so put them in eval mode for the generator's loss. `widths` are those of the features, one per head.
     """
+
+    description: str
+
+    def __init__(self, widths: Sequence[int], ks: int, norm_type: NormType, using_spec_norm: bool) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(_head(D, ks, norm_type, using_spec_norm) for D in widths)
+
+    @abstractmethod
+    def features(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, S, S] in [-1, 1] -> what each head reads: [B, D, N], positions row by row."""
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The parts of the frozen network that `torch.compile` is applied to, one by one."""
+        return ()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, S, S] of any S -> [B, sum of N], head after head."""
+        features = self.features(images)
+        return torch.cat([head(feature).flatten(1) for head, feature in zip(self.heads, features, strict=True)], dim=1)
+
+
+class EncoderDiscriminator(Discriminator):
+    """Heads on the feature maps of a frozen encoder: those that its perceptual distance compares, one head each.
+
+    Raises `ConfigError` for widths that `norm_type` gn cannot group.
+    """
+
+    def __init__(self, encoder: Encoder, ks: int = 9, norm_type: NormType = "bn", using_spec_norm: bool = True) -> None:
+        with torch.no_grad():
+            seen = encoder.features(torch.zeros(1, 3, encoder.input_size, encoder.input_size, device=encoder.device))
+        widths = [feature.shape[1] for feature in seen]
+        if norm_type == "gn" and any(D % GROUPS for D in widths):
+            raise ConfigError(
+                f"`norm_type: gn` makes {GROUPS} groups of channels, and the features of {encoder.info.name} have"
+                f" {', '.join(map(str, widths))}: leave it at `bn`"
+            )
+        super().__init__(widths, ks, norm_type, using_spec_norm)
+        self.encoder = encoder
+        maps = "the tokens" if len(widths) == 1 else f"the {len(widths)} finest feature maps"
+        self.description = f"{maps} of {encoder.info.name} at {encoder.input_size} pixels"
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The encoder's maps, finest first; the encoder resizes."""
+        return [feature.flatten(2) for feature in self.encoder.features((images + 1) / 2)]
+
+
+class DinoDiscriminator(Discriminator):
+    """Heads on five blocks of DINO: [B, 3, S, S] in [-1, 1] -> [B, 5 * N]. `recipe` says which DINO."""
 
     scale: Tensor
     shift: Tensor
@@ -47,14 +104,14 @@ class DinoDiscriminator(nn.Module):
     def __init__(
         self, recipe: str = "S_8", ks: int = 9, norm_type: NormType = "bn", using_spec_norm: bool = True
     ) -> None:
-        super().__init__()
+        # The backbone is drawn first, as officially: the heads' initial weights follow from the same seed.
         tanh_gelu: Any = partial(nn.GELU, approximate="tanh")
-        self.backbone = VisionTransformer(
+        backbone = VisionTransformer(
             img_size=INPUT_SIZE, depth=12, num_classes=0, act_layer=tanh_gelu, **BACKBONES[recipe]
         )
-        self.backbone.requires_grad_(False)
-        D = BACKBONES[recipe]["embed_dim"]
-        self.heads = nn.ModuleList(_head(D, ks, norm_type, using_spec_norm) for _ in HEAD_BLOCKS)
+        super().__init__([BACKBONES[recipe]["embed_dim"]] * len(HEAD_BLOCKS), ks, norm_type, using_spec_norm)
+        self.backbone = backbone.requires_grad_(False)
+        self.description = f"DINO {recipe}"
         mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         self.register_buffer("scale", 0.5 / std, persistent=False)
         self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
@@ -74,8 +131,13 @@ class DinoDiscriminator(nn.Module):
         check_weights(state, self.backbone.state_dict(), str(path), "the discriminator's backbone")
         self.backbone.load_state_dict(state)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, S, S] of any S, resized -> [B, 5 * N], head after head."""
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The transformer's."""
+        return self.backbone.blocks
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The patch tokens after the blocks that heads read, of the image resized."""
         resized = F.interpolate(images, size=(INPUT_SIZE, INPUT_SIZE), mode="bilinear", align_corners=False)
         normalised = self.scale * resized + self.shift
         blocks = sorted(set(HEAD_BLOCKS))
@@ -83,10 +145,7 @@ class DinoDiscriminator(nn.Module):
             normalised, indices=blocks, norm=False, output_fmt="NLC", intermediates_only=True
         )  # [B, N, D] each, without the class token
         tokens: dict[int, Tensor] = dict(zip(blocks, outputs, strict=True))
-        logits = [
-            head(tokens[block].transpose(1, 2)).flatten(1) for head, block in zip(self.heads, HEAD_BLOCKS, strict=True)
-        ]
-        return torch.cat(logits, dim=1)
+        return [tokens[block].transpose(1, 2) for block in HEAD_BLOCKS]
 
 
 class ScaledResidual(nn.Module):
@@ -129,7 +188,7 @@ def _head(D: int, ks: int, norm_type: NormType, using_spec_norm: bool) -> nn.Seq
         return spectral_norm(layer) if using_spec_norm else layer
 
     def block(kernel_size: int) -> nn.Sequential:
-        norm = TokenNorm(D, eps=1e-6) if norm_type == "bn" else nn.GroupNorm(32, D, eps=1e-6)
+        norm = TokenNorm(D, eps=1e-6) if norm_type == "bn" else nn.GroupNorm(GROUPS, D, eps=1e-6)
         return nn.Sequential(convolution(D, kernel_size), norm, nn.LeakyReLU(0.2))
 
     return nn.Sequential(block(1), ScaledResidual(block(ks)), convolution(1, 1))

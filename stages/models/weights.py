@@ -197,9 +197,9 @@ def locate_dino(recipe: str, weights: str | None = None) -> Path:
         also = " or ".join(names[1:])
         raise MissingInput(
             f"the adversarial loss needs DINO's weights for the discriminator {recipe}, {names[0]} ({also} is the"
-            f" same), and {place} is not there: put the file there, name it with `train_decoder.disc_weights`, or train"
-            " without an adversarial loss",
-            "rae train-decoder CONFIG -s train_decoder.adversarial_loss=none",
+            f" same), and {place} is not there: put the file there, name it with `train_decoder.disc_weights`, or"
+            " choose a discriminator on the encoder's own features",
+            "rae train-decoder CONFIG -s train_decoder.adversarial_loss=encoder",
         )
     return path
 

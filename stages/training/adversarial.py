@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rae.stages.models.decoder import ViTDecoder
 from rae.stages.models.diffaug import DRAWS, diff_augment
-from rae.stages.models.discriminator import DinoDiscriminator
+from rae.stages.models.discriminator import Discriminator
 from rae.stages.models.gan_losses import adaptive_weight, discriminator_loss, generator_loss
 from rae.stages.sections import TrainDecoderSection
 from rae.stages.training.checkpoints import Groups
@@ -60,7 +60,7 @@ class AdversarialLearner(Trainee[S]):
     def __init__(
         self,
         decoder: ViTDecoder,
-        discriminator: DinoDiscriminator,
+        discriminator: Discriminator,
         tokens: Callable[[S], tuple[Tensor, Tensor]],
         reconstruction: Callable[[Tensor, S], tuple[Tensor, dict[str, Tensor]]],
         section: TrainDecoderSection,
@@ -78,7 +78,7 @@ class AdversarialLearner(Trainee[S]):
         self.disc_start, self.gan_start = (section.start_step(part, self.schedule[0]) for part in ("disc", "gan"))
         if section.compile:
             # By block, so that a gradient at the last layer does not run through what is compiled.
-            for block in (*decoder.decoder_layers, *discriminator.backbone.blocks):
+            for block in (*decoder.decoder_layers, *discriminator.blocks):
                 block.compile()
 
     def step(self, batch: S, step: int) -> dict[str, float | Tensor]:

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rae.stages.models.discriminator import DinoDiscriminator
-from rae.store.errors import CorruptData
+from rae.stages.models.discriminator import DinoDiscriminator, EncoderDiscriminator
+from rae.stages.models.encoders import Encoder, load_encoder
+from rae.stages.models.weights import locate_encoder
+from rae.store.errors import ConfigError, CorruptData
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,42 @@ def test_other_backbones_are_refused(discriminator: DinoDiscriminator, tmp_path:
     torch.save(weights, tmp_path / "dino.pth")
     with pytest.raises(CorruptData, match="does not fit the discriminator's backbone"):
         discriminator.load_backbone(tmp_path / "dino.pth")
+
+
+# ---- on an encoder --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return load_encoder(locate_encoder("efficientnet-lite0"), 64, 3)
+
+
+def test_an_encoder_has_a_head_per_feature_map(encoder: Encoder) -> None:
+    judge = EncoderDiscriminator(encoder).eval()
+    with torch.no_grad():
+        logits = judge(images())
+        sides = [feature.shape[-1] for feature in encoder.features(images())]
+    assert sides == [32, 16, 8, 4]
+    assert logits.shape == (2, sum(side**2 for side in sides))
+    assert judge.description == "the 4 finest feature maps of efficientnet-lite0 at 64 pixels"
+
+
+def test_it_sees_what_the_encoder_sees(encoder: Encoder) -> None:
+    judge = EncoderDiscriminator(encoder)
+    with torch.no_grad():
+        for seen, wanted in zip(judge.features(2 * images() - 1), encoder.features(images()), strict=True):
+            torch.testing.assert_close(seen, wanted.flatten(2), atol=1e-4, rtol=1e-4)
+
+
+def test_its_gradients_reach_heads_and_image_and_leave_the_encoder(encoder: Encoder) -> None:
+    judge, batch = EncoderDiscriminator(encoder), images(1).requires_grad_()
+    judge(batch).mean().backward()
+    assert batch.grad is not None
+    assert batch.grad.abs().sum() > 0
+    assert all(parameter.grad is not None for parameter in judge.heads.parameters())
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+def test_groups_of_channels_need_widths_that_can_be_grouped(encoder: Encoder) -> None:
+    with pytest.raises(ConfigError, match="32 groups of channels, and the features of efficientnet-lite0 have 16, 24"):
+        EncoderDiscriminator(encoder, norm_type="gn")

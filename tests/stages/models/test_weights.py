@@ -227,7 +227,7 @@ def test_dino_weights_are_named_in_full_and_never_fetched(tmp_path: Path, monkey
     for recipe, name in (("S_8", "dino_vit_small_patch8_224.pth"), ("B_16", "dino_vit_base_patch16_224.pth")):
         with pytest.raises(MissingInput, match=re.escape(str(cache / name))) as caught:
             locate_dino(recipe)
-        assert "train_decoder.adversarial_loss=none" in (caught.value.next_command or "")
+        assert "train_decoder.adversarial_loss=encoder" in (caught.value.next_command or "")
     cache.mkdir(parents=True)
     for name in ("dino_deitsmall8_pretrain.pth", "dino_vit_small_patch8_224.pth"):  # torch hub's, the release's
         (cache / name).write_bytes(b"weights")

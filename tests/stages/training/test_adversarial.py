@@ -316,7 +316,7 @@ class TestCommand:
     ) -> None:
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         refused = rae_with("shards").verb("train-decoder", *self.words())
-        refused.refused(3, "dino_vit_small_patch16_224.pth", str(tmp_path), "train_decoder.adversarial_loss=none")
+        refused.refused(3, "dino_vit_small_patch16_224.pth", str(tmp_path), "train_decoder.adversarial_loss=encoder")
 
     def test_refuses_another_network(self, rae_with: Callable[..., Rae], dino: Path) -> None:
         words = self.words(f"train_decoder.disc_weights={dino}", "train_decoder.recipe=S_8")

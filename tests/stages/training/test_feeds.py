@@ -175,12 +175,27 @@ def test_latents_are_what_the_configuration_asks_for(rae_with: Callable[..., Rae
     rae.verb("train-decoder", *CACHED, *words).succeeded()
 
 
-@pytest.mark.parametrize("feed", [CACHED])
-def test_a_run_that_was_killed_continues_to_the_bit(feed: tuple[str, ...], rae_with: Callable[..., Rae]) -> None:
-    words = (*feed, "-s", "train_decoder.log_every=1", "-s", "train_decoder.keep_checkpoints=9")
+EVERY_LOSS = ("perceptual_loss=encoder", "adversarial_loss=encoder", "disc_start_step=1", "gan_start_step=2")
+
+
+@pytest.mark.parametrize("feed", ["online", "cached"])
+def test_a_run_that_was_killed_continues_to_the_bit(feed: str, rae_with: Callable[..., Rae]) -> None:
+    losses = [word for setting in EVERY_LOSS for word in ("-s", f"train_decoder.{setting}")]
+    words = (
+        "-s",
+        f"train_decoder.feed={feed}",
+        *losses,
+        "-s",
+        "train_decoder.log_every=1",
+        "-s",
+        "train_decoder.keep_checkpoints=9",
+    )
     rae = rae_with("shards", "latents")
     rae.verb("train-decoder", *words).succeeded()
     whole = rae.payload("decoder")
+    metrics = rae.artifact("decoder/tiny")["metrics"]
+    assert metrics["adversarial_loss"] == "the 4 finest feature maps of efficientnet-lite0 at 64 pixels"
+    assert min(metrics[part] for part in ("perceptual", "d_weight", "disc_loss", "disc_grad_norm")) > 0
     # As it lay there after step 4 of 6.
     (made,) = (rae.workspace / "objects" / "decoder").iterdir()
     (made / "manifest.json").unlink()
