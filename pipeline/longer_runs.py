@@ -10,6 +10,7 @@ from typing import Literal
 
 from rae.pipeline.plan import Pipeline
 from rae.stages.job import Beginning
+from rae.stages.models.model_folder import read_json
 from rae.stages.sections import SampleSection, TrainDecoderSection, TrainDitSection, TrainingSection
 from rae.store.artifacts import Artifact, Run, Workspace, no_milestone
 from rae.store.errors import ConfigError, MissingInput, StaleInput
@@ -28,11 +29,13 @@ def origins(pipeline: Pipeline, stage: Trainer) -> dict[str, Artifact]:
     """The artifact that a training continues or begins with, by its role among the inputs.
 
     Raises `MissingInput` for one that is not there or lacks what it takes to go on, `ConfigError` for one that this
-    configuration would rename or not lengthen.
+    configuration would rename or not lengthen, `StaleInput` for weights of another size.
     """
     section = pipeline.section(stage, _SECTIONS[stage])
     if section.init_from is not None:
-        return {"init_from": _resolve(pipeline, stage, "init_from", section.init_from)}
+        model = _resolve(pipeline, stage, "init_from", section.init_from)
+        _check_sizes(stage, section, model)
+        return {"init_from": model}
     if section.continue_from is None:
         return {}
     run = _resolve(pipeline, stage, "continue_from", section.continue_from)
@@ -50,12 +53,25 @@ def origins(pipeline: Pipeline, stage: Trainer) -> dict[str, Artifact]:
 
 def _resolve(pipeline: Pipeline, stage: Trainer, key: str, ref: str) -> Artifact:
     kind, name = stage.removeprefix("train_"), pipeline.config.name
-    if ref in (name, f"{kind}/{name}"):
+    if ref.partition("@step=")[0] in (name, f"{kind}/{name}"):
         raise ConfigError(
             f"`{stage}.{key}` is `{ref}`, which will mean what `{name}` makes: name the artifact by its id, or call"
             " this configuration otherwise"
         )
     return pipeline.workspace.resolve(ref, kind)
+
+
+def _check_sizes(stage: Trainer, section: TrainingSection, model: Artifact) -> None:
+    """Refuse weights of other sizes before anything runs; some, such as the number of heads, no tensor's shape shows.
+
+    What follows from the tokens is left to the shapes.
+    """
+    found = read_json(model.payload / f"{model.kind}.json").get("config", {})
+    asked = section.model_dump(mode="json")
+    keys = (asked.keys() & found.keys()) - {"num_classes", "class_dropout_prob"}
+    asked, found = ({key: one[key] for key in keys} for one in (asked, found))
+    if fields := "; ".join(differing_fields(asked, found)):
+        raise StaleInput(f"`{stage}.init_from` names a model of other sizes ({fields})")
 
 
 def last_checkpoint(run: Artifact) -> Path:
@@ -147,6 +163,11 @@ class Snapshot:
     folder: Path
     artifact: Artifact | None = None
     sha256: str = ""
+
+    @property
+    def is_end(self) -> bool:
+        """Whether it is what the whole run made."""
+        return self.artifact is not None and "milestone" not in self.artifact.manifest.recipe
 
     def in_recipe(self) -> Json:
         """What stands in place of an input's id where nothing is published."""

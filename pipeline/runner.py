@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from rae.pipeline import launch, stopping
 from rae.pipeline.console import Console
+from rae.pipeline.longer_runs import sampled
 from rae.pipeline.plan import STAGES, Pipeline, Stage, Task
 from rae.pipeline.stopping import again
 from rae.pipeline.tasks import shards_task
@@ -56,7 +58,12 @@ class Outcome:
 
 def run_stages(pipeline: Pipeline, stages: list[Stage], options: Options) -> list[Outcome]:
     """Run what is missing of `stages`, in order."""
-    with launch.processes(options.device):  # one group for all stages: torchrun's store connects ranks once
+    with launch.processes(
+        options.device
+    ) as processes:  # one group for all stages: torchrun's store connects ranks once
+        if pipeline.checkpoint is not None:  # rank 0 decides for all: a newer one may be saved between two looks
+            step = sampled(pipeline).step if processes.is_main else None
+            pipeline.checkpoint = f"step={processes.broadcast(step)}"
         return [run_stage(pipeline, stage, options) for stage in stages]
 
 
@@ -162,7 +169,11 @@ def _publish_milestone(
 ) -> None:
     work = workspace.begin_milestone(run, step)
     started, device = datetime.datetime.now(datetime.UTC), launch.device_of(options.device)
-    made = workspace.publish(work, _manifest(task, work, write(work.attempt), started, device, options))
+    try:
+        made = workspace.publish(work, _manifest(task, work, write(work.attempt), started, device, options))
+    except BaseException:  # it is written again when training comes by again
+        shutil.rmtree(work.attempt, ignore_errors=True)
+        raise
     options.console.say(f"{task.stage.verb}: published {run.kind}/{work.name}, {made.kind}/{made.id}")
 
 

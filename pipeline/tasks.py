@@ -164,7 +164,7 @@ def _sample(pipeline: Pipeline) -> Task:
 
         return sample.run(section, dit.folder, decoder.payload, guide.payload if guide is not None else None, job)
 
-    name = None if pipeline.checkpoint is None else f"{pipeline.config.name}-step{dit.step}"
+    name = f"{pipeline.config.name}-step{dit.step}" if pipeline.checkpoint and not dit.is_end else None
     return Task(STAGES["sample"], recipe, inputs, run, name=name)
 
 

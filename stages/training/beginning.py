@@ -10,31 +10,26 @@ from rae.stages.models.dit import DiTConfig, DiTDH, LightningDiT
 from rae.stages.models.saving import check_weights
 from rae.stages.models.trained import Weights, load_weights_of, read_about
 from rae.store.errors import CorruptData, StaleInput
-from rae.store.manifest import Json, differing_fields
 
 _CLASS_TABLE = "y_embedder.embedding_table.weight"
 
 
 def begin_decoder(decoder: ViTDecoder, folder: Path, weights: Weights) -> None:
-    """Give a decoder the weights of the one in `folder`; `StaleInput` names what is of another size."""
-    found = read_about(folder / "decoder.json", "config")["config"]
-    asked = decoder.config.to_dict()
-    _check_sizes("train_decoder", asked, found, free=("image_mean", "image_std"))
+    """Give a decoder the weights of the one in `folder`; `StaleInput` names tensors of another shape."""
     _take_over("train_decoder", decoder, load_weights_of(folder, weights))
 
 
 def begin_dit(dit: DiTDH | LightningDiT, folder: Path, weights: Weights) -> None:
-    """Give a transformer the weights of the one in `folder`; `StaleInput` names what is of another size.
+    """Give a transformer the weights of the one in `folder`; `StaleInput` names tensors of another shape.
 
     Of the class table, rows of classes that both have and the row of no label are taken over; others stay as they were
     initialised.
     """
-    found = read_about(folder / "dit.json", "config")["config"]
-    _check_sizes("train_dit", dit.config.to_dict(), found, free=("num_classes", "class_dropout_prob"))
+    known = DiTConfig.from_dict(read_about(folder / "dit.json", "config")["config"])
     state = load_weights_of(folder, weights)
     if _CLASS_TABLE in state:
         own = dit.y_embedder.embedding_table.weight.detach()
-        state[_CLASS_TABLE] = _class_table(own, dit.config, state[_CLASS_TABLE], DiTConfig.from_dict(found))
+        state[_CLASS_TABLE] = _class_table(own, dit.config, state[_CLASS_TABLE], known)
     _take_over("train_dit", dit, state)
 
 
@@ -47,13 +42,6 @@ def _class_table(own: Tensor, config: DiTConfig, found: Tensor, known: DiTConfig
     if config.has_null_label and known.has_null_label:
         table[-1] = found[-1]
     return table
-
-
-def _check_sizes(section: str, asked: Json, found: Json, free: tuple[str, ...]) -> None:
-    """Sizes that no shape of a tensor shows, such as the number of heads, and the rest in the words of a person."""
-    asked, found = ({key: value for key, value in one.items() if key not in free} for one in (asked, found))
-    if fields := "; ".join(differing_fields(asked, found)):
-        raise StaleInput(f"`{section}.init_from` names a model of other sizes ({fields})")
 
 
 def _take_over(section: str, model: torch.nn.Module, state: dict[str, Tensor]) -> None:

@@ -13,18 +13,21 @@ from tests.conftest import Rae
 
 
 def manifests(workspace: Path) -> dict[str, dict[str, Any]]:
-    """The manifest of each kind."""
+    """The manifest of each kind; of milestones, of `milestone`."""
     found = [json.loads(path.read_bytes()) for path in workspace.glob("objects/*/*/manifest.json")]
-    return {manifest["kind"]: manifest for manifest in found}
+    return {"milestone" if "milestone" in one["recipe"] else one["kind"]: one for one in found}
 
 
 def test_two_processes_run_the_whole_pipeline(finished: Rae, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "rae.pipeline.cli", "run", str(finished.config), "-w", str(tmp_path / "w"), "--to", "sample"]
+    command += ["-s", "train_dit.publish_at=[3]"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = manifests(finished.workspace), manifests(tmp_path / "w")
+    milestone = two.pop("milestone")
+    assert (milestone["kind"], milestone["metrics"]["steps"]) == ("dit", 3)
     assert set(two) == {"shards", "latents", "decoder", "dit", "samples"}
     for kind, manifest in two.items():
         assert manifest["id"] == one[kind]["id"], kind

@@ -1,12 +1,10 @@
 """Milestones, runs that go on, runs that begin with weights, and samples of runs that have not ended."""
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ import rae as api
 from rae.store.artifacts import Workspace
 from rae.store.errors import MissingInput
 from tests.conftest import Rae, Warm
+from tests.pipeline.interchange.released import Release
 
 WITH = Callable[..., Rae]
 
@@ -84,9 +83,9 @@ def test_a_killed_run_publishes_each_milestone_once_and_the_same(verb: str, rae_
     )
     rae, whole = rae_with("shards", "latents"), rae_with("shards", "latents")
     whole.verb(verb, *words).succeeded()
-    for moment in ("2", "21"):
+    for published in (1, 2):
         running = warm.start(rae.words(verb, *words))
-        while f"{kind}/tiny@step={moment}" not in (rae.workspace.name and said(running)):
+        while len(list(rae.workspace.glob(f"objects/{kind}/*/manifest.json"))) < published:
             time.sleep(0.005)
         running.signal(signal.SIGKILL)
         running.wait()
@@ -98,27 +97,26 @@ def test_a_killed_run_publishes_each_milestone_once_and_the_same(verb: str, rae_
     assert len(list(rae.workspace.glob(f"objects/{kind}/*/manifest.json"))) == 3
 
 
-def said(running: Any) -> str:
-    text: str = running._files[0].read_text()
-    return text
-
-
 def test_a_passed_milestone_that_is_asked_for_late_is_refused_at_once(rae_with: WITH, warm: Warm) -> None:
     rae = rae_with("shards", "latents")
     unfinished(rae, warm)
-    rae.verb("train-dit", *settings(train_dit__publish_at="[1]")).refused(2, "step 1 can't be published any more")
+    rae.verb("train-dit", *LONG, *settings(train_dit__publish_at="[1]")).refused(
+        2, "step 1 can't be published any more"
+    )
 
 
-def unfinished(rae: Rae, warm: Warm, *words: str) -> list[int]:
-    """Kill a training once it has saved two checkpoints; returns their steps."""
-    found: list[Path] = []
-    running = warm.start(rae.words("train-dit", *words))
-    while len(found) < 2:
-        found = sorted(rae.workspace.glob("objects/dit/*/attempts/*/checkpoints/step-*/checkpoint.json"))
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
-    found = sorted(rae.workspace.glob("objects/dit/*/attempts/*/checkpoints/step-*/checkpoint.json"))
-    return [int(path.parent.name[5:]) for path in found]
+LONG = settings(train_dit__steps=60)
+
+
+def unfinished(rae: Rae, warm: Warm) -> list[int]:
+    """Kill a long training once it has saved two checkpoints; returns their steps."""
+    saved = "objects/dit/*/attempts/*/checkpoints/step-*/checkpoint.json"
+    running = warm.start(rae.words("train-dit", *LONG))
+    while len(list(rae.workspace.glob(saved))) < 2:
+        time.sleep(0.005)
+    running.signal(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
+    return sorted(int(path.parent.name[5:]) for path in rae.workspace.glob(saved))
 
 
 def test_a_milestone_of_the_run_itself_guides_its_samples(rae_with: WITH, milestones: Rae) -> None:
@@ -167,7 +165,7 @@ def test_a_run_is_not_continued_with_other_settings(rae_with: WITH, milestones: 
     rae.verb("train-dit", *twice).refused(2, "which will mean what `tiny` makes")
     both = settings(train_dit__continue_from=id, train_dit__init_from=id)
     rae.verb("train-dit", *both).refused(2, "either `continue_from` or `init_from`")
-    early = settings(train_dit__continue_from="tiny@step=4")
+    early = settings(train_dit__continue_from=f"{id}@step=4")
     milestones.verb("train-dit", *early).refused(3, "is a milestone and holds weights alone", "init_from")
 
 
@@ -202,28 +200,24 @@ def test_a_training_begins_with_the_averaged_weights_of_another(verb: str, finis
 
 
 @pytest.mark.parametrize(("which", "reached"), [("latest", -1), ("step={}", 0)])
-def test_samples_of_a_run_that_has_not_ended(
-    which: str, reached: int, finished: Rae, rae_with: WITH, warm: Warm
-) -> None:
+def test_samples_of_a_run_that_has_not_ended(which: str, reached: int, rae_with: WITH, warm: Warm) -> None:
     rae = rae_with("shards", "latents", "decoder")
     saved = unfinished(rae, warm)
     before = files(rae.workspace / "objects/dit")
     step = saved[reached]
     word = which.format(step)
-    made = rae.verb("sample", "--checkpoint", word, "--json").succeeded().json
+    made = rae.verb("sample", *LONG, "--checkpoint", word, "--json").succeeded().json
     assert files(rae.workspace / "objects/dit") == before
     found = rae.artifact(f"samples/tiny-step{step}")
     assert found["id"] == made["id"]
     assert found["recipe"]["checkpoint"].keys() == {"run", "step", "weights"}
     assert found["recipe"]["checkpoint"]["step"] == step
-    assert rae.verb("sample", "--checkpoint", word, "--json").succeeded().json["reused"]
+    assert rae.verb("sample", *LONG, "--checkpoint", word, "--json").succeeded().json["reused"]
     dit = api.load_dit("tiny", workspace=str(rae.workspace), step=step)
     short = rae_with("shards", "latents")
     short.verb("train-dit", *settings(train_dit__steps=step)).succeeded()
     for name, tensor in api.load_dit("tiny", workspace=str(short.workspace)).state_dict().items():
         assert torch.equal(dit.state_dict()[name], tensor), name
-    rae.verb("train-dit").succeeded()
-    assert rae.content("dit") == finished.content("dit")
 
 
 def files(folder: Path) -> dict[str, int]:
@@ -232,10 +226,10 @@ def files(folder: Path) -> dict[str, int]:
 
 def test_a_step_without_a_checkpoint_is_named_with_those_that_have_one(rae_with: WITH, warm: Warm) -> None:
     rae = rae_with("shards", "latents", "decoder")
-    rae.verb("sample", "--checkpoint", "latest").refused(3, "has saved no checkpoint")
+    rae.verb("sample", *LONG, "--checkpoint", "latest").refused(3, "has saved no checkpoint")
     saved = unfinished(rae, warm)
     there = ", ".join(map(str, saved))
-    rae.verb("sample", "--checkpoint", "step=1").refused(3, f"no model of step 1; there are steps {there}")
+    rae.verb("sample", *LONG, "--checkpoint", "step=1").refused(3, f"no model of step 1; there are steps {there}")
     rae.verb("sample", "--checkpoint", "step1").refused(2, "neither `step=N` nor `latest`")
     with pytest.raises(MissingInput, match=f"there are steps {there}"):
         api.load_dit("tiny", workspace=str(rae.workspace), step=1)
@@ -247,3 +241,18 @@ def test_of_a_finished_run_the_newest_is_its_end(finished: Rae, rae_with: WITH) 
     assert made["reused"]
     assert made["id"] == finished.artifact("samples/tiny")["id"]
     assert Workspace(rae.workspace).resolve("samples/tiny").id == made["id"]
+    assert [path.name for path in (rae.workspace / "refs/samples").iterdir()] == ["tiny.json"]
+
+
+def test_imported_weights_begin_a_training_and_do_not_continue_one(rae_with: WITH, tmp_path: Path) -> None:
+    release, rae = Release(tmp_path), rae_with("shards", "latents")
+    stats = ("--stats", release.stat, "-w", rae.workspace)
+    rae("import", "official", release.checkpoint, "--name", "dh", *stats).succeeded()
+    more = settings(train_dit__continue_from="dh")
+    rae.verb("train-dit", *more).refused(3, "holds weights alone", "`train_dit.init_from` begins with its weights")
+    sizes = settings(train_dit__hidden_size="[16,32]", train_dit__num_heads="[2,4]", train_dit__allow_narrow="true")
+    other = settings(train_dit__init_from="dh", train_dit__num_heads="[2,2]")
+    rae.verb("train-dit", *sizes, *other).refused(4, "num_heads: found [2, 4], asked [2, 2]")
+    rae.verb("train-dit", *settings(train_dit__init_from="dh"), *sizes).refused(
+        4, "`train_dit.init_from` does not fit", "`final_layer.linear.bias` as [768] where [112]"
+    )
