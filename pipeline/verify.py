@@ -2,18 +2,22 @@
 
 import functools
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rae.pipeline.plan import Pipeline
 from rae.pipeline.runner import Options
 from rae.store.artifacts import Artifact, Workspace
 from rae.store.errors import ConfigError, CorruptData, RaeError, StaleInput
-from rae.store.latents_repair import Encode, EncodedRow, Repair, published_layout
+from rae.store.latents_repair import EncodedRow, Repair, published_layout
 from rae.store.latents_verify import Mode, Problem, verify
 from rae.store.layout import ARRAY_FILE, LatentLayout, Part
 from rae.store.manifest import differing_fields
 from rae.store.zarr_shard import file_sha256
+
+if TYPE_CHECKING:
+    from rae.stages.encode import Encoding
 
 _SHOWN = 20
 
@@ -28,11 +32,12 @@ def verify_artifact(
     artifact = workspace.resolve(ref)
     if repair and artifact.kind != "latents":
         raise ConfigError(f"{artifact.kind}/{artifact.id} can't be repaired, only latents can: remove it and run again")
+    repairing = shlex.join(["rae", "verify", ref, "-w", str(workspace.root), "--repair", "--config"]) + " CONFIG"
     problems, replaced = find_problems(artifact, mode), list[Path]()
     if problems and repair:
         for problem in problems:
             options.console.say(f"damaged: {problem}")
-        replaced = _repair(artifact, mode, pipeline, options.device)
+        replaced = _repair(artifact, mode, pipeline, options.device, repairing)
         for path in replaced:
             options.console.say(f"repaired: {path}")
         problems = find_problems(artifact, mode)
@@ -49,10 +54,9 @@ def verify_artifact(
         options.console.say(str(problem))
     if len(problems) > _SHOWN:
         options.console.say(f"{len(problems) - _SHOWN} more; --json lists them all")
-    command = shlex.join(["rae", "verify", ref, "-w", str(workspace.root), "--repair", "--config"]) + " CONFIG"
     raise CorruptData(
         f"{len(problems)} problem(s) in {name}, the first in {problems[0].file}",
-        command if artifact.kind == "latents" and not repair else None,
+        repairing if artifact.kind == "latents" and not repair else None,
     )
 
 
@@ -74,20 +78,20 @@ def find_problems(artifact: Artifact, mode: Mode) -> list[Problem]:
     return problems
 
 
-def _repair(artifact: Artifact, mode: Mode, pipeline: Pipeline | None, device: str) -> list[Path]:
+def _repair(artifact: Artifact, mode: Mode, pipeline: Pipeline | None, device: str, repairing: str) -> list[Path]:
     @functools.cache
-    def encoder() -> Encode:
+    def encoding() -> "Encoding":
         from rae.pipeline import launch
         from rae.stages.encode import Encoding
         from rae.stages.sections import EncodeSection
 
         if pipeline is None:
             raise ConfigError(
-                "rows must be encoded again: name the configuration that the latents were made with",
-                f"rae verify latents/{artifact.id} --repair --config CONFIG",
+                "this takes the encoder again: name the configuration that the latents were made with",
+                repairing,
             )
         section = pipeline.section("encode", EncodeSection)
-        return Encoding(section, pipeline.train, pipeline.encoder_source, launch.device_of(device)).again
+        return Encoding(section, pipeline.train, pipeline.encoder_source, launch.device_of(device))
 
     if pipeline is not None:
         recipe = pipeline.task("encode").recipe
@@ -96,6 +100,9 @@ def _repair(artifact: Artifact, mode: Mode, pipeline: Pipeline | None, device: s
     layout = published_layout(artifact.folder, artifact.manifest)
 
     def encode(part: Part, rows: Sequence[int]) -> Iterable[EncodedRow]:
-        return encoder()(part, rows)
+        return encoding().again(part, rows)
 
-    return Repair(artifact.folder, layout, artifact.manifest, encode).run(mode)
+    def describe() -> Mapping[str, bytes]:
+        return encoding().descriptions()
+
+    return Repair(artifact.folder, layout, artifact.manifest, encode, describe).run(mode)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from rae.stages.job import NOTHING, Job, Result
@@ -76,6 +75,13 @@ class Encoding:
         """Rows of a part, encoded as they were first; for `rae.store.latents_repair`."""
         return encode_again(part, rows, self._section, self._source, self.encoder)
 
+    def descriptions(self) -> dict[str, bytes]:
+        """What users of the latents ask for, by file name: the encoder's description, class names if there are any."""
+        values: dict[str, Any] = {"encoder.json": describe(self.encoder)}
+        if self._source.classes is not None:
+            values["classes.json"] = self._source.classes
+        return {name: json.dumps(value, indent=1, sort_keys=True).encode() for name, value in values.items()}
+
 
 def run(
     section: EncodeSection, source: Source, encoder_source: EncoderSource, job: Job, earlier: EarlierParts
@@ -105,7 +111,10 @@ def run(
         metrics["invalid_reasons"] = dict(summary.reasons)
     taken_over = earlier.taken_over(job.folder)
     provenance = {"parts_taken_over": taken_over} if taken_over else {}
-    files_made = (*summary.files, *_describe(job.folder, encoding.encoder, source))
+    descriptions = encoding.descriptions()
+    for name, data in descriptions.items():
+        replace_bytes(job.folder / name, data)
+    files_made = (*summary.files, *(job.folder / name for name in descriptions))
     return Result(summary.content, metrics, files_made, provenance)
 
 
@@ -134,13 +143,3 @@ def _write_missing(encoding: Encoding, source: Source, job: Job, earlier: Earlie
     else:
         job.spread(missing, lambda number: report(parts[number].count), job.stopping)
         job.check_stop()
-
-
-def _describe(folder: Path, encoder: Encoder, source: Source) -> list[Path]:
-    """Put beside the latents what their users ask for: the encoder's description, and class names if there are any."""
-    texts: dict[str, Any] = {"encoder.json": describe(encoder)}
-    if source.classes is not None:
-        texts["classes.json"] = source.classes
-    for name, value in texts.items():
-        replace_bytes(folder / name, json.dumps(value, indent=1, sort_keys=True).encode())
-    return [folder / name for name in texts]

@@ -29,6 +29,7 @@ from rae.store.latents_index import (
     integers,
     open_table,
     read_columns,
+    table_content,
 )
 from rae.store.latents_verify import Mode, Problem, verify
 from rae.store.layout import ARRAY_FILE, GROUP_FILE, STATS_FILE, LatentLayout
@@ -82,6 +83,9 @@ class LatentStore:
         numbered = np.array_equal(integers(parts, "part"), np.arange(parts.num_rows))
         if not numbered or parts.num_rows * self.layout.rows_per_part != self.slots:
             raise CorruptData(f"{self.folder / PARTS_FILE} lists other parts than {ARRAY_FILE} has room for")
+        content = table_content(self.folder / PARTS_FILE, PARTS_SCHEMA)
+        if self.manifest.get("content", content) != content:
+            raise CorruptData(f"{self.folder / 'manifest.json'} is of other latents than {PARTS_FILE} beside it lists")
         self._has_holes = rows < integers(parts, "slots")
         self._first_row = np.concatenate([[0], np.cumsum(rows)])
         self._buffers = Buffers()

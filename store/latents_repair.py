@@ -8,13 +8,14 @@ changed nothing or mended something. What is made from what:
     parts.parquet                  all records
     a part's shards, record, sums  its rows whose checksums hold, and those rows encoded again that do not
     index.parquet, stats.npz       all records and sums
+    what else the manifest lists   the encode's configuration
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy.typing as npt
 
 from rae.store.compression import Compressor
 from rae.store.errors import ConfigError, CorruptData, RaeError
-from rae.store.latents_finish import finish, part_line, write_parts_table
+from rae.store.latents_finish import finish, part_line, store_files, write_parts_table
 from rae.store.latents_index import INDEX_FILE, INDEX_SCHEMA, PARTS_FILE, PARTS_SCHEMA, open_table, read_columns
 from rae.store.latents_verify import Mode, planned, verify
 from rae.store.latents_writer import PartWriter
@@ -49,12 +50,18 @@ class EncodedRow:
 Encode = Callable[[Part, Sequence[int]], Iterable[EncodedRow]]
 """Encodes the given rows of a part, in order, as they were encoded first: in the same batches."""
 
+Describe = Callable[[], Mapping[str, bytes]]
+"""What the encode puts beside the latents (the encoder's description, names of classes), by path below the folder."""
+
 
 class Repair:
     """The repair of one published store, of which `manifest` is whole."""
 
-    def __init__(self, folder: Path, layout: LatentLayout, manifest: Manifest, encode: Encode) -> None:
-        self._folder, self._layout, self._manifest, self._encode = folder, layout, manifest, encode
+    def __init__(
+        self, folder: Path, layout: LatentLayout, manifest: Manifest, encode: Encode, describe: Describe
+    ) -> None:
+        self._folder, self._layout, self._manifest = folder, layout, manifest
+        self._encode, self._describe = encode, describe
         self._digests = {entry["path"]: entry["sha256"] for entry in manifest.files}
 
     def run(self, mode: Mode) -> list[Path]:
@@ -70,7 +77,7 @@ class Repair:
             for part in sorted({problem.part for problem in problems if problem.part is not None}):
                 replaced += self._part(part, scratch / str(part))
                 shutil.rmtree(scratch / str(part))
-            return replaced + list(self._derived(scratch))
+            return [*replaced, *self._derived(scratch), *self._described(scratch)]
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -104,6 +111,15 @@ class Repair:
         for name in damaged:
             yield self._replace(scratch / "store" / name, self._folder / name, self._digests.get(name))
 
+    def _described(self, scratch: Path) -> Iterator[Path]:
+        """What the encode put beside the latents, which no record tells."""
+        others = self._digests.keys() - set(store_files(self._layout))
+        damaged = sorted(name for name in others if not self._whole(name))
+        made = self._describe() if damaged else {}
+        for name in damaged:
+            write_durably(scratch / "description", made.get(name, b""))
+            yield self._replace(scratch / "description", self._folder / name, self._digests[name])
+
     def _part(self, number: int, scratch: Path) -> Iterator[Path]:
         """Write a part anew beside the store, and replace its damaged files if that gives the bits that they had."""
         line = self._line(number)
@@ -135,7 +151,7 @@ class Repair:
         """Put a file that lies on the disk, whole, in the place of a damaged one."""
         if file_sha256(made) != digest:
             raise CorruptData(
-                f"{target} is damaged, and what the records give in its place is not what was published;"
+                f"{target} is damaged, and what can be made in its place is not what was published;"
                 " nothing of it was changed"
             )
         make_folder(target.parent)

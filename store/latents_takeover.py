@@ -100,9 +100,10 @@ def _take_over(found: _Found, part: Part, folder: Path, layout: LatentLayout, so
     )
     if not (old_folder / old.statistics).is_file():
         return
-    keys = zip(layout.shard_keys(old.part), layout.shard_keys(new.part), old.shards, strict=True)
-    for old_key, new_key, (size, sha256) in keys:
+    shards = list(zip(layout.shard_keys(old.part), layout.shard_keys(new.part), old.shards, strict=True))
+    for old_key, _, (size, _) in shards:  # all before the first: the encode that follows would adopt what is here
         check_size(old_folder / old_key, size)
+    for old_key, new_key, (_, sha256) in shards:
         _link_or_copy(old_folder / old_key, folder / new_key, sha256)
     _link_or_copy(old_folder / old.statistics, folder / new.statistics, old.statistics_sha256)
     publish_bytes(record_path(folder, part.number), new.to_json().encode())

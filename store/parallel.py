@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
 READERS = 8  # as many reads under way as a disk likes; a copy from the page cache takes two or three of them
@@ -18,8 +18,10 @@ def sliced(work: Callable[[range], None], count: int, size_bytes: int) -> None:
         work(range(count))
         return
     slices = [range(count)[first::READERS] for first in range(min(READERS, count))]
-    for done in [_pool().submit(work, one) for one in slices]:
-        done.result()
+    futures = [_pool().submit(work, one) for one in slices]
+    wait(futures)
+    for future in futures:
+        future.result()
 
 
 @cache

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from rae.stages.training.data import prefetch
 from rae.stages.training.whitening import Whitening
+from rae.store.errors import ConfigError
 from rae.store.latents import WINDOW_PARTS, LatentStore
 from rae.store.order import batch_rows, steps_per_epoch
 
@@ -40,9 +41,10 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """The shuffled batches that `LatentStore.batches` gives, ready for a model and made ahead by threads.
 
         {"latent": float32 [B, C, H, W], "label": int64 [B] (-1: none), "row": int64 [B]}. They are the same for any
-        number of `workers`, and of ranks together.
+        number of `workers`, and of ranks together. Raises `ConfigError` for sizes that do not fit.
         """
-
+        if batch_size > len(self):
+            raise ConfigError(f"`batch_size` {batch_size} is larger than the {len(self)} rows of {self.latents.folder}")
         order = self.latents.shuffle(shuffle, window_parts)
 
         def make(step: int) -> dict[str, Any]:

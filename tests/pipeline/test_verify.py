@@ -45,6 +45,8 @@ def test_damage_is_listed_and_repaired_to_the_bit(latents) -> None:
     ran = verify(rae, "--repair")
     assert ran.code == 2
     assert "name the configuration" in ran.err
+    assert f"-w {rae.workspace} --repair --config CONFIG" in ran.err
+    flip(folder / "encoder.json", 5)
     ran = verify(rae, "--repair", "--config", rae.config).succeeded()
     assert f"repaired: {shard}" in ran.out
     assert shard.read_bytes() == whole

@@ -117,6 +117,23 @@ def test_other_settings_take_nothing_over(growing: Growing) -> None:
     assert "parts_taken_over" not in growing.rae.artifact("latents/tiny")["provenance"]
 
 
+def test_a_part_of_which_one_file_is_lost_brings_none_of_its_files_over(growing: Growing) -> None:
+    """The codes that lay there alone would be adopted by the encode that follows, damage and all."""
+    int8 = ("-s", "encode.dtype=int8")
+    growing.rae.verb("encode", *int8).succeeded()
+    old = Path(growing.rae.artifact("latents/tiny")["path"])
+    codes = old / "latents/c/0/0/0/0/0"
+    damaged = bytearray(codes.read_bytes())
+    damaged[5] ^= 4
+    codes.write_bytes(damaged)
+    (old / "scales/c/0/0/0/0/0").unlink()
+    growing.put(2, "c")
+    growing.rae.verb("encode", *int8).succeeded()
+    fresh = growing.fresh()
+    fresh.verb("encode", *int8).succeeded()
+    assert growing.rae.payload("latents") == fresh.payload("latents")
+
+
 def test_rows_that_now_lack_a_label_are_not_taken_over(growing: Growing) -> None:
     """In a set without labels none is missing; beside a labelled shard, these rows lack theirs."""
     without_labels(growing.tars / "a.tar")

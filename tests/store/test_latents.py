@@ -136,6 +136,17 @@ def test_the_manifest_is_there_once_published(tmp_path: Path, given) -> None:
     assert LatentStore(tmp_path).manifest == {"name": "digits"}
 
 
+def test_a_manifest_of_other_latents_is_named_at_opening(tmp_path: Path, given) -> None:
+    content = given().write(tmp_path).content
+    for claimed in (content, "0" * 64):
+        (tmp_path / "manifest.json").write_text(json.dumps({"content": claimed}))
+        if claimed == content:
+            assert LatentStore(tmp_path).manifest["content"] == content
+        else:
+            with pytest.raises(CorruptData, match=r"manifest.json is of other latents than parts.parquet"):
+                LatentStore(tmp_path)
+
+
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 

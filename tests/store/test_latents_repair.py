@@ -28,9 +28,12 @@ class Published:
     def __init__(self, folder: Path, given, **settings: object) -> None:
         self.folder, self.given = folder, given(**settings)
         summary = self.given.write(folder)
+        self.described = {"encoder.json": b'{"name": "some"}', "classes.json": b'["cat", "dog"]'}
+        for name, data in self.described.items():
+            (folder / name).write_bytes(data)
         entries = [
             {"path": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in summary.files
+            for path in (*summary.files, *(folder / name for name in self.described))
         ]
         layout = self.given.layout
         config = {"encode": {"dtype": layout.dtype, "rows_per_part": layout.rows_per_part}}
@@ -55,7 +58,7 @@ class Published:
 
     def repair(self) -> list[str]:
         layout = published_layout(self.folder, self.manifest)
-        replaced = Repair(self.folder, layout, self.manifest, self.encode).run("full")
+        replaced = Repair(self.folder, layout, self.manifest, self.encode, lambda: self.described).run("full")
         return [str(path.relative_to(self.folder)) for path in replaced]
 
     def damage(self, name: str, byte: int = 3) -> None:
@@ -74,6 +77,24 @@ def test_only_damaged_rows_are_encoded_again(tmp_path: Path, given, dtype: str) 
     assert store.repair() == [f"{array.name}/c/3/0/0/0/0"]
     assert store.encoded == [14]
     assert files(tmp_path) == store.before
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "classes.json"])
+def test_what_the_encode_put_beside_the_latents_is_made_again_or_left(tmp_path: Path, given, name: str) -> None:
+    store = Published(tmp_path, given)
+    store.damage(name)
+    assert [problem.file.name for problem in store.problems()] == [name]
+    assert store.repair() == [name]
+    assert files(tmp_path) == store.before
+    (tmp_path / name).unlink()
+    assert store.repair() == [name]
+    assert store.encoded == []
+    store.damage(name)
+    damaged = files(tmp_path)
+    store.described[name] = b"of another encoder"
+    with pytest.raises(CorruptData, match=f"{name} is damaged.*not what was published"):
+        store.repair()
+    assert files(tmp_path) == damaged
 
 
 @pytest.mark.parametrize("damage", ["index", "truncated", "missing", "foreign"])

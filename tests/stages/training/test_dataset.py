@@ -9,6 +9,7 @@ import torch
 
 from rae.stages.training.dataset import LatentDataset
 from rae.stages.training.whitening import Whitening
+from rae.store.errors import ConfigError
 from rae.store.latents import LatentStore
 
 
@@ -27,6 +28,11 @@ def test_batches_are_the_store_s_own(store: LatentStore, workers: int) -> None:
         np.testing.assert_array_equal(one["latent"].numpy(), other["latent"])
         np.testing.assert_array_equal(one["label"].numpy(), other["label"])
         np.testing.assert_array_equal(one["row"].numpy(), other["row"])
+
+
+def test_a_batch_larger_than_the_store_is_refused_and_not_an_empty_epoch(store: LatentStore) -> None:
+    with pytest.raises(ConfigError, match=f"is larger than the {len(store)} rows"):
+        next(LatentDataset(store).batches(len(store) + 1, epoch=0))
 
 
 def test_ranks_share_the_batches_of_one(store: LatentStore) -> None:
