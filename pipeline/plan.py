@@ -26,7 +26,7 @@ from rae.stages.sections import EncodeSection, Section
 from rae.stages.shards import in_place
 from rae.stages.sources import Split
 from rae.store.artifacts import Artifact, Workspace
-from rae.store.errors import ConfigError, MissingInput, StaleInput
+from rae.store.errors import ConfigError, MissingInput, RaeError, StaleInput
 from rae.store.manifest import Json, canonical, differing_fields
 from rae.store.shards import Source, open_source
 
@@ -140,6 +140,12 @@ class Pipeline:
             where = f"in the workspace {self.workspace.root}"
             raise MissingInput(f"`{self.config.name}` has no {stage.kind} {where} yet", self.command(stage.verb))
         return found
+
+    def name_in(self, error: RaeError) -> None:
+        """Put what the person calls CONFIG into an error's next command, as it can be pasted: stages do not know it."""
+        words = (error.next_command or "").split(" ")
+        if words[:1] == ["rae"] and words[2:3] == ["CONFIG"]:
+            error.next_command = " ".join([self.command(words[1]), *words[3:]])
 
     def command(self, verb: str) -> str:
         if self._encoder is not None:

@@ -32,7 +32,8 @@ def problems(pipeline: Pipeline) -> Iterator[RaeError]:
             except RaeError as error:
                 if error.message not in told:
                     told.add(error.message)
-                    yield _named(error, pipeline)
+                    pipeline.name_in(error)
+                    yield error
 
 
 def _is_done(pipeline: Pipeline, name: str) -> bool:
@@ -41,14 +42,6 @@ def _is_done(pipeline: Pipeline, name: str) -> bool:
         return pipeline.find(name) is not None
     except MissingInput:
         return False
-
-
-def _named(error: RaeError, pipeline: Pipeline) -> RaeError:
-    """The error with the next command as it can be pasted: stages do not know what the person calls CONFIG."""
-    words = (error.next_command or "").split(" ")
-    if words[:1] == ["rae"] and words[2:3] == ["CONFIG"]:
-        error.next_command = " ".join([pipeline.command(words[1]), *words[3:]])
-    return error
 
 
 def _makes_shards(pipeline: Pipeline) -> bool:

@@ -123,6 +123,9 @@ def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
         raise explained(error, options.command) or error from error
     except PartialResult as error:
         raise type(error)(error.message, options.command) from error
+    except RaeError as error:
+        pipeline.name_in(error)
+        raise
 
 
 def make(workspace: Workspace, name: str, task: Task, options: Options) -> Outcome:

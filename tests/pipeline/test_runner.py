@@ -194,3 +194,12 @@ def test_stages_can_be_run_in_two_goes(rae: Rae, finished: Rae) -> None:
     assert rae.content("dit") == finished.content("dit")
     assert not (rae.workspace / "objects" / "decoder").exists()
     rae.verb("run", "--from", "sample").refused(3, "next: rae train-decoder")
+
+
+def test_the_next_command_of_a_stage_names_the_configuration(tmp_path: Path) -> None:
+    def refuse(job: Job) -> Result:
+        raise MissingInput("it is not there", "rae train-dit CONFIG -s a=b")
+
+    with pytest.raises(MissingInput) as refusal:
+        run(Made(tmp_path, refuse))
+    assert refusal.value.next_command == f"rae train-dit quickstart -w {tmp_path} -s a=b"
