@@ -127,6 +127,8 @@ def test_a_milestone_of_the_run_itself_guides_its_samples(rae_with: WITH, milest
     assert guide == milestones.artifact("dit/tiny@step=3")["id"]
     named = settings(sample__guide="dit/tiny@step=3", sample__guidance_scale=1.5)
     assert rae.verb("sample", *named, "--json").succeeded().json["reused"]
+    given = settings(sample__dit="dit/tiny", sample__guide="step=3", sample__guidance_scale=1.5)
+    assert rae.verb("run", *given, "--to", "sample", "--json").succeeded().json[-1]["reused"]
 
 
 def test_a_guide_that_the_finished_run_never_published_is_refused_before_anything_runs(rae_with: WITH) -> None:
