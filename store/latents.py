@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from rae.store.buffers import Buffers
@@ -162,9 +163,13 @@ class LatentStore:
         """Samples without a latent, in slot order: slot, key, label, source_shard (its number), reason."""
         file = open_table(self.folder / INDEX_FILE, INDEX_SCHEMA)
         found: list[dict[str, Any]] = []
-        for batch in file.iter_batches(columns=["slot", "key", "label", "source_shard", "valid", "reason"]):
-            wanted = pc.and_(pc.invert(batch["valid"]), pc.not_equal(batch["reason"], PADDING))
-            found += batch.filter(wanted).drop_columns(["valid"]).to_pylist()
+        try:
+            for batch in file.iter_batches(columns=["slot", "key", "label", "source_shard", "valid", "reason"]):
+                batch.validate(full=True)
+                wanted = pc.and_(pc.invert(batch["valid"]), pc.not_equal(batch["reason"], PADDING))
+                found += batch.filter(wanted).drop_columns(["valid"]).to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise CorruptData(f"the table {self.folder / INDEX_FILE} is damaged ({error})") from error
         return found
 
     def __getitem__(self, row: int) -> LatentSample:

@@ -127,11 +127,12 @@ def open_table(path: Path, schema: pa.Schema) -> pq.ParquetFile:
     """A table open for reading; `MissingInput` or `CorruptData` names the file."""
     try:
         file = pq.ParquetFile(path)
+        found = file.schema_arrow
     except FileNotFoundError as error:
         raise MissingInput(f"the table {path} is missing") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last for a column's name
         raise CorruptData(f"the table {path} cannot be read ({error})") from error
-    if not file.schema_arrow.equals(schema):
+    if not found.equals(schema):
         raise CorruptData(f"{path} does not have the columns of a latent store")
     return file
 

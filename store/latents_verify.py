@@ -216,7 +216,7 @@ def _derived_problems(folder: Path, layout: LatentLayout, lines: list[dict[str, 
         for number, group in zip(range(index.num_row_groups), groups, strict=True):
             if not index.read_row_group(number).equals(group):
                 yield Problem(folder / INDEX_FILE, f"row group {number} is not what the records say")
-    except (ValueError, OSError, pa.ArrowException) as error:
+    except (RaeError, ValueError, OSError, pa.ArrowException) as error:
         yield Problem(folder / INDEX_FILE, f"cannot be read whole ({error})")
 
 

@@ -122,7 +122,7 @@ def measure(folder: Path, batch_size: int = 1024) -> dict[str, float]:
     times.append(time.perf_counter())
     opened_mb = peak_mb()
     rows = batch_rows(store.shuffle(), batch_size, seed=0, epoch=0, step=0)
-    store._places(rows)
+    store.places(rows)
     times.append(time.perf_counter())
     batch_mb = peak_mb()
     problems = store.verify("quick")

@@ -1,12 +1,13 @@
 """Every flipped bit is found, and the row that it is in is named."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rae.store.errors import RaeError
+from rae.store.errors import CorruptData, RaeError
 from rae.store.latents import LatentStore
 from rae.store.latents_finish import LatentsSummary
 from rae.store.manifest import Manifest
@@ -101,8 +102,9 @@ def test_files_of_other_latents_are_found(tmp_path: Path, given) -> None:
 
 def test_a_manifest_of_another_content_is_found_quickly(tmp_path: Path, given) -> None:
     summary = given().write(tmp_path)
+    store = LatentStore(tmp_path)
     publish(tmp_path, summary, content="0" * 64)
-    (problem,) = LatentStore(tmp_path).verify("quick")
+    (problem,) = store.verify("quick")
     assert problem.file == tmp_path / "manifest.json"
 
 
@@ -114,3 +116,16 @@ def test_a_record_that_was_rewritten_is_found(tmp_path: Path, given) -> None:
     path.write_text(json.dumps(value))
     (problem,) = LatentStore(tmp_path).verify("full")
     assert problem.file == path
+
+
+def test_any_damage_to_the_index_is_named_and_never_a_traceback(tmp_path: Path, given) -> None:
+    publish(tmp_path, given().write(tmp_path))
+    path = tmp_path / "index.parquet"
+    data = path.read_bytes()
+    names = [data.index(b"image_sha256"), data.rindex(b"image_sha256")]  # of a column, no UTF-8 any more
+    for place in [*names, *range(4, len(data), 97)]:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        store = LatentStore(tmp_path)
+        assert {problem.file for problem in store.verify("full")} == {path}, place
+        with suppress(CorruptData):  # or it is a byte that readers don't look at
+            store.invalid_rows()
