@@ -157,6 +157,12 @@ class TrainingSection(Section):
         return self
 
 
+_OF_THE_DISCRIMINATOR = {
+    *("disc_weight", "max_d_weight", "disc_loss", "disc_start_epoch", "disc_start_step", "gan_start_epoch"),
+    *("gan_start_step", "ks", "norm_type", "using_spec_norm", "augment_prob"),
+}
+
+
 class TrainDecoderSection(TrainingSection):
     """The ViT decoder (RAE paper, section 3): sizes, noise on its tokens, losses. ViT-B by default.
 
@@ -210,10 +216,16 @@ class TrainDecoderSection(TrainingSection):
         return "encoder" in (self.perceptual_loss, self.adversarial_loss) or self.feed == "online"
 
     def in_recipe(self) -> dict[str, Any]:
-        """Without what another feed alone reads, and without the paper's feed."""
+        """Without what another feed or another loss alone reads, and without the paper's feed."""
         settings = super().in_recipe()
-        del settings["feed" if self.feed == "online" else "resize_size"]
-        return settings
+        idle = {"feed" if self.feed == "online" else "resize_size"}
+        if self.perceptual_loss == "none":
+            idle |= {"perceptual_weight", "perceptual_start_epoch", "perceptual_start_step"}
+        if self.adversarial_loss != "dino":
+            idle.add("recipe")
+        if self.adversarial_loss == "none":
+            idle |= _OF_THE_DISCRIMINATOR
+        return {key: value for key, value in settings.items() if key not in idle}
 
     def start_step(self, part: Literal["perceptual", "disc", "gan"], steps_per_epoch: int) -> int:
         """The optimizer step, counted from 0, at which a loss begins."""
@@ -287,6 +299,13 @@ class TrainDitSection(TrainingSection):
     time_dist_type: Literal["uniform", "logit-normal"] = "uniform"
     time_dist_shift: Rate | Literal["auto"] = "auto"
     allow_narrow: Annotated[bool, Runtime] = False
+
+    def in_recipe(self) -> dict[str, Any]:
+        """Without the windows of an order that has none."""
+        settings = super().in_recipe()
+        if self.shuffle == "global":
+            del settings["window_parts"]
+        return settings
 
     @model_validator(mode="before")
     @classmethod

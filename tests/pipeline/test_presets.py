@@ -106,6 +106,27 @@ def test_learning_rates_are_the_official_ones(name: str) -> None:
     assert of_dit == pytest.approx([2e-4, 2e-4, 2e-4, 1.1e-4, 2e-5])
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_losses_and_sampling_are_the_official_ones(name: str) -> None:
+    settings = configuration.load(name)
+    decoder, dit, sample = settings.train_decoder, settings.train_dit, settings.sample
+    assert (decoder.noise_tau, decoder.ema_decay, decoder.betas, decoder.weight_decay) == (0.8, 0.9978, (0.9, 0.95), 0)
+    assert (decoder.perceptual_loss, decoder.perceptual_weight, decoder.start_step("perceptual", 100)) == (
+        "lpips",
+        1,
+        0,
+    )
+    assert (decoder.adversarial_loss, decoder.recipe, decoder.ks, decoder.norm_type) == ("dino", "S_8", 9, "bn")
+    assert (decoder.disc_weight, decoder.max_d_weight, decoder.disc_loss) == (0.75, 1e4, "hinge")
+    assert [decoder.start_step(part, 100) for part in ("disc", "gan")] == [600, 800]
+    assert (decoder.using_spec_norm, decoder.augment_prob, decoder.clip_grad) == (True, 1, 0)
+    assert (dit.ema_decay, dit.betas, dit.weight_decay, dit.clip_grad) == (0.9995, (0.9, 0.95), 0, 1)
+    assert (dit.class_dropout_prob, dit.num_classes, dit.use_qknorm) == (0.1, 1000, False)
+    assert (dit.path_type, dit.prediction, dit.loss_weight) == ("Linear", "velocity", None)
+    assert (dit.time_dist_type, dit.precision) == ("logit-normal", "float32")
+    assert (sample.sampler, sample.num_steps, sample.num_images, sample.weights) == ("euler", 50, 50_000, "ema")
+
+
 def test_the_presets_share_what_they_do_not_say() -> None:
     first = configuration.load(PRESET)
     small = configuration.load(f"{PRESET}-s")

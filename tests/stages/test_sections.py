@@ -76,6 +76,33 @@ def test_an_option_of_sampling_without_effect_is_refused(settings: dict[str, Any
         SampleSection(**settings)
 
 
+@pytest.mark.parametrize(
+    ("idle", "at_work", "change"),
+    [
+        ({"adversarial_loss": "none"}, {}, {"disc_weight": 0.5}),
+        ({"adversarial_loss": "none"}, {"adversarial_loss": "encoder"}, {"ks": 3, "gan_start_step": 4}),
+        ({"adversarial_loss": "encoder"}, {}, {"recipe": "S_16"}),
+        ({"perceptual_loss": "none"}, {}, {"perceptual_weight": 0.5, "perceptual_start_epoch": 1.0}),
+    ],
+)
+def test_a_decoder_s_recipe_holds_no_option_of_a_loss_that_it_does_without(
+    idle: dict[str, Any], at_work: dict[str, Any], change: dict[str, Any]
+) -> None:
+    def recipe(**settings: Any) -> dict[str, Any]:
+        return TrainDecoderSection(steps=5, **settings).in_recipe()
+
+    assert recipe(**idle, **change) == recipe(**idle)
+    assert recipe(**at_work, **change) != recipe(**at_work)
+
+
+def test_a_transformer_s_recipe_holds_windows_where_there_are_any() -> None:
+    def recipe(**settings: Any) -> dict[str, Any]:
+        return TrainDitSection(steps=5, **settings).in_recipe()
+
+    assert recipe(window_parts=3) == recipe()
+    assert recipe(window_parts=3, shuffle="windowed") != recipe(shuffle="windowed")
+
+
 def test_a_sampler_s_recipe_holds_its_own_options_alone() -> None:
     shared = {"num_images", "classes", "seed", "sampler", "guidance_scale", "guidance_interval"}
     shared |= {"weights", "batch_size", "precision"}
