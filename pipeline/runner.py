@@ -26,7 +26,16 @@ from rae.store.errors import ConfigError, CorruptData, MissingInput, PartialResu
 from rae.store.manifest import Json, Manifest, canonical, differing_fields
 from rae.store.publish import fsync_folder, publish_bytes
 
-_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_REFUSALS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.EMFILE,
+}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ a shard is opened when a row of its is asked for, and no row is looked at that i
 import json
 import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -314,8 +315,16 @@ def _open_shard(
 
 
 def _open_files() -> int:
-    """How many files a process may have open: each shard holds one."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    """How many files a process may have open: each shard holds one.
+
+    The usual limit of 1,024 is a courtesy to programs that call select(); as far as the system lets us it is raised.
+    """
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if most == resource.RLIM_INFINITY else min(most, 65_536)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+            limit = wanted
     return 65_536 if limit == resource.RLIM_INFINITY else max(16, min(limit, 65_536))
 
 
