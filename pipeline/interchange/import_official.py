@@ -27,6 +27,8 @@ from rae.store.manifest import Json
 if TYPE_CHECKING:
     from rae.stages.models.official import Checkpoint
 
+_READ_OF_CONFIG = {"stage_1", "stage_2", "transport", "misc", "decoder_num_attention_heads"}
+
 
 @dataclass(frozen=True)
 class Official:
@@ -42,8 +44,19 @@ class Official:
 
     @cached_property
     def given(self) -> Json:
-        """What the configuration file says; an empty mapping without one. Raises as `read_mapping` does."""
-        return read_mapping(self.config) if self.config else {}
+        """What the configuration file says; an empty mapping without one.
+
+        Raises as `read_mapping` does, and `ConfigError` for a file that says nothing of a model.
+        """
+        if self.config is None:
+            return {}
+        found = read_mapping(self.config)
+        if not _READ_OF_CONFIG & found.keys():
+            raise ConfigError(
+                f"{self.config} says nothing of an official model: `--config` takes the release's YAML files, which"
+                " have sections `stage_1` and `stage_2`, or a decoder's config.json"
+            )
+        return found
 
     @property
     def files(self) -> dict[str, Path]:

@@ -190,6 +190,7 @@ def test_what_cannot_be_imported_is_refused_by_name(rae: Any, importing: Any, re
     importing(release.model, "--name", "x", "--config", tmp_path / "nothing.yaml").refused(3, "nothing.yaml")
     importing(release.model, "--name", "../x").refused(2, "can't be a name")
     importing(tmp_path / "nothing.pt", "--name", "x").refused(3, "nothing.pt")
+    importing(release.model, "--name", "x", "--config", rae.config).refused(2, "says nothing of an official model")
     importing(release.stat, "--name", "x").refused(5, "`mean`")
     importing(release.model, "--name", "x", "--encoder", PARITY / "encoder_mae").refused(4, "32 wide", "--encoder")
     damaged = {**release.decoder.state_dict(), "decoder_norm.wieght": torch.ones(16)}
