@@ -177,9 +177,10 @@ def sample(
 ) -> np.ndarray:
     """Images uint8 [N, S, S, 3], one per label. Image i depends on (seed, i, label) alone.
 
-    The label `dit.num_classes` asks for an image of no class. `guide` is a weaker transformer to be guided by, instead
-    of `dit` without labels. `options` are those of the sampler and the precision, as in the configuration's section
-    `sample`: `atol`, `rtol`, `diffusion_form`, `diffusion_norm`, `last_step`, `last_step_size`, `precision`.
+    The label `dit.num_classes` asks for an image of no class, if labels were dropped in training. `guide` is a weaker
+    transformer to be guided by, instead of `dit` without labels. `options` are those of the sampler and the precision,
+    as in the configuration's section `sample`: `atol`, `rtol`, `diffusion_form`, `diffusion_norm`, `last_step`,
+    `last_step_size`, `precision`.
 
     Raises `StaleInput` if the decoder reads other tokens than the transformer makes, or the guide predicts something
     else; `ConfigError` for a label that the transformer does not know, or options that do not fit.
@@ -192,8 +193,9 @@ def sample(
     check_compatible(dit.about.encoder, decoder.encoder)
     if guide is not None:
         check_guide(dit, guide)
+    rows = dit.num_classes + dit.config.has_null_label
     for label in labels:
-        if not 0 <= label <= dit.num_classes:
+        if not 0 <= label < rows:
             known = f"0 to {dit.num_classes - 1}" if dit.num_classes else "none (its label is 0)"
             raise ConfigError(f"there is no class {label}: of classes the transformer knows {known}")
     settings = {

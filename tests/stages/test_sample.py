@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import rae as api
 from rae.stages import sample
 from rae.stages.evaluate import load_samples
 from rae.stages.job import Job
@@ -49,6 +50,16 @@ def models() -> tuple[Dit, Decoder]:
         image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5),
     )  # fmt: skip
     return dit, Decoder(ViTDecoder(decoding), ENCODER)
+
+
+def test_an_image_of_no_class_needs_labels_that_were_dropped(models: tuple[Dit, Decoder]) -> None:
+    dit, decoder = models
+    assert api.sample(dit, decoder, [3], num_steps=2).shape == (1, 8, 8, 3)
+    config = dataclasses.replace(dit.config, class_dropout_prob=0.0)
+    always = Dit(build_dit(config), dataclasses.replace(dit.about, config=config), dit.mean, dit.var)
+    assert api.sample(always, decoder, [2], num_steps=2).shape == (1, 8, 8, 3)
+    with pytest.raises(ConfigError, match="there is no class 3: of classes the transformer knows 0 to 2"):
+        api.sample(always, decoder, [3], num_steps=2)
 
 
 def test_an_image_that_is_not_finite_is_told_and_not_drawn_black(models: tuple[Dit, Decoder]) -> None:
