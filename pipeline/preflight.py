@@ -4,6 +4,7 @@ Every check is cheap: settings against each other, and whether files and artifac
 """
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 from rae.pipeline import longer_runs
 from rae.pipeline.plan import Pipeline
@@ -70,8 +71,16 @@ def _decoder_encoder(pipeline: Pipeline) -> object:
 
 
 def _decoder_latents(pipeline: Pipeline) -> None:
-    if pipeline.section("train_decoder", TrainDecoderSection).latents is not None:
-        pipeline.latents("train_decoder")
+    section = pipeline.section("train_decoder", TrainDecoderSection)
+    if section.feed != "online":
+        section.check_views(_views(pipeline, "train_decoder"))
+
+
+def _views(pipeline: Pipeline, reader: Literal["train_decoder", "train_dit"]) -> Literal["flips", "crops"]:
+    """What the views of the latents are, or will be, that a trainer reads."""
+    named = getattr(pipeline.config, reader).latents is not None
+    encode = pipeline.latents(reader).manifest.config["encode"] if named else pipeline.encoding()["encode"]
+    return "crops" if encode.get("crops") else "flips"
 
 
 def _perceptual(pipeline: Pipeline) -> None:
@@ -101,9 +110,9 @@ def _train_dit(pipeline: Pipeline) -> None:
         raise ConfigError(
             f"`sample.guide` is the milestone of step {step}, and training ends with step {section.steps}"
         )
-    if section.latents is not None:
-        pipeline.workspace.resolve(section.latents, "latents")
-    elif pipeline.config.encode is not None:
+    if section.latents is not None or pipeline.config.encode is not None:
+        section.check_views(_views(pipeline, "train_dit"))
+    if section.latents is None and pipeline.config.encode is not None:
         section.check_width(pipeline.geometry()[0])
 
 

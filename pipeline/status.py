@@ -160,7 +160,7 @@ def _price(pipeline: Pipeline) -> Json:
     """What the latents will take, said before anything is encoded, and whether the disk has room for them."""
     encode = pipeline.section("encode", EncodeSection)
     channels, (height, width) = pipeline.geometry()
-    views, rows = 1 + encode.horizontal_flip, len(pipeline.train)
+    views, rows = encode.views, len(pipeline.train)
     needed = rows * views * LatentLayout(views, channels, height, width, 1, encode.dtype).latent_bytes
     root = pipeline.workspace.root.absolute()
     folder = next(parent for parent in (root, *root.parents) if parent.exists())

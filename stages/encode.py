@@ -19,6 +19,7 @@ from rae.stages.models.weights import EncoderSource
 from rae.stages.parts import encode_again, write_parts
 from rae.stages.sections import EncodeSection
 from rae.stages.training.ranks import Ranks
+from rae.store.crops import CropLaw, record_boxes
 from rae.store.errors import OthersAtWork
 from rae.store.latents_finish import completed_parts, finish
 from rae.store.latents_repair import EncodedRow
@@ -44,7 +45,7 @@ class Encoding:
     @cached_property
     def layout(self) -> LatentLayout:
         height, width = self.encoder.grid
-        views = 2 if self._section.horizontal_flip else 1
+        views = self._section.views
         return LatentLayout(
             views=views,
             channels=self.encoder.token_dim,
@@ -53,6 +54,7 @@ class Encoding:
             dtype=self._section.dtype,
             compressor=self._section.compressor,
             rows_per_part=self._section.rows_per_part or LatentLayout.default_rows_per_part(views),
+            view_kind="crops" if self._section.crops else "flips",
         )
 
     @cached_property
@@ -114,8 +116,11 @@ def run(
     descriptions = encoding.descriptions()
     for name, data in descriptions.items():
         replace_bytes(job.folder / name, data)
-    files_made = (*summary.files, *(job.folder / name for name in descriptions))
-    return Result(summary.content, metrics, files_made, provenance)
+    files_made = [*summary.files, *(job.folder / name for name in descriptions)]
+    if section.crops and section.resize_size:
+        law = CropLaw(section.seed, section.resize_size, section.image_size)
+        files_made.append(record_boxes(job.folder, layout, parts, source.digests, law, into=job.folder))
+    return Result(summary.content, metrics, tuple(files_made), provenance)
 
 
 def _write_missing(encoding: Encoding, source: Source, job: Job, earlier: EarlierParts, ranks: Ranks) -> None:

@@ -81,7 +81,7 @@ def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = _resize(image, round(image.width * scale), round(image.height * scale))
-    return _cut(image, (image.width - size) // 2, (image.height - size) // 2, size)
+    return cut(image, (image.width - size) // 2, (image.height - size) // 2, size)
 
 
 def resized_crop(image: Image.Image, resize_size: int, size: int, u: tuple[float, float]) -> NDArray[np.uint8]:
@@ -93,10 +93,20 @@ def resized_crop(image: Image.Image, resize_size: int, size: int, u: tuple[float
     """
     if resize_size < size:
         raise ValueError(f"a crop of {size} does not fit images resized to {resize_size}")
-    short = min(image.size)
-    image = _resize(image, resize_size * image.width // short, resize_size * image.height // short)
+    image = resize_shorter(image, resize_size)
     left, top = (int(share * (side - size + 1)) for share, side in zip(u, image.size, strict=True))
-    return _cut(image, left, top, size)
+    return cut(image, left, top, size)
+
+
+def resize_shorter(image: Image.Image, resize_size: int) -> Image.Image:
+    """The image scaled, bicubic, so that its shorter side is `resize_size`; raises `BadImage` as `center_crop` does."""
+    short = min(image.size)
+    return _resize(image, resize_size * image.width // short, resize_size * image.height // short)
+
+
+def cut(image: Image.Image, left: int, top: int, size: int) -> NDArray[np.uint8]:
+    """`size` x `size` pixels of an RGB image: uint8 [size, size, 3]."""
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 @cache
@@ -129,7 +139,3 @@ def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise BadImage(f"too elongated: {image.width} x {image.height} pixels")
     return image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _cut(image: Image.Image, left: int, top: int, size: int) -> NDArray[np.uint8]:
-    return np.array(image.crop((left, top, left + size, top + size)))

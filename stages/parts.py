@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from rae.stages.images import BadImage, center_crop, decode
+from rae.stages.images import BadImage, center_crop, cut, decode, resize_shorter
 from rae.stages.models.encoders import Encoder
 from rae.stages.models.pixels import to_unit
 from rae.stages.sections import EncodeSection
+from rae.store.crops import CropLaw
 from rae.store.latents_repair import EncodedRow
 from rae.store.latents_writer import PartWriter
 from rae.store.layout import LatentLayout, Part
@@ -32,7 +34,7 @@ from rae.store.shards import Source
 
 @dataclass(frozen=True)
 class Decoded:
-    """One sample on its way to the encoder: pixels uint8 [S, S, 3], or the reason why there are none."""
+    """One sample on its way to the encoder: its crops, uint8 [K, S, S, 3], or the reason why there are none."""
 
     row: int
     pixels: np.ndarray | None
@@ -163,9 +165,21 @@ def _decode_row(source: Source, row: int, section: EncodeSection) -> Decoded:
     digest = hashlib.sha256(data).hexdigest()
     try:
         image = decode(data, section.max_image_pixels)
-        return Decoded(row, center_crop(image, section.image_size), None, digest, image.width, image.height)
+        return Decoded(row, _crops(source, row, image, section), None, digest, image.width, image.height)
     except BadImage as bad:
         return Decoded(row, None, bad.reason, digest, None, None)
+
+
+def _crops(source: Source, row: int, image: Image.Image, section: EncodeSection) -> np.ndarray:
+    """The centre crop alone, or the random ones."""
+    size = section.image_size
+    if section.crops is None or section.resize_size is None:
+        return center_crop(image, size)[None]
+    shard = source.shard_of(row)
+    law = CropLaw(section.seed, section.resize_size, size)
+    (boxes,) = law.boxes(shard.sha256, [row - shard.first], [image.size], section.crops)
+    resized = resize_shorter(image, section.resize_size)
+    return np.stack([cut(resized, left, top, size) for left, top, _, _ in boxes.tolist()])
 
 
 @torch.inference_mode()
@@ -174,16 +188,17 @@ def _encode_batch(
 ) -> tuple[list[Decoded], np.ndarray]:
     """The samples of a batch, and their latents [B, V, C, H, W]: float16 where the store keeps that, else float32."""
     size = section.image_size
-    pixels = np.zeros((section.batch_size, size, size, 3), np.uint8)
+    pixels = np.zeros((section.crops or 1, section.batch_size, size, size, 3), np.uint8)
     batch = []
     for position, future in enumerate(samples):
         sample = future.result()
         if sample.pixels is not None:
-            pixels[position] = sample.pixels
+            pixels[:, position] = sample.pixels
         batch.append(sample)
     device = encoder.device
-    images = to_unit(pixels, device)
-    views = [images, images.flip(-1)] if section.horizontal_flip else [images]
+    views = [to_unit(images, device) for images in pixels]
+    if section.horizontal_flip and section.crops is None:
+        views.append(views[0].flip(-1))
     with torch.autocast(device.type, torch.bfloat16, enabled=section.precision == "bf16"):
         tokens = torch.stack([encoder(view) for view in views], dim=1)
     kept = torch.float16 if section.dtype == "float16" else torch.float32

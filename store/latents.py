@@ -109,7 +109,7 @@ class LatentStore:
 
     @property
     def views(self) -> int:
-        """How many views of each sample are stored: the identity, then its horizontal flip."""
+        """How many views of each sample are stored: the identity, then its horizontal flip; or crops."""
         return self.layout.views
 
     @cached_property
@@ -241,6 +241,8 @@ class LatentStore:
         overrides the store's own; the method `shuffle` says what `shuffle` and `window_parts` mean. Raises
         `ConfigError` for sizes that do not fit.
         """
+        if horizontal_flip is not None and self.layout.view_kind == "crops":
+            raise ConfigError(f"`horizontal_flip` chooses among flips, and the views in {self.folder} are crops")
         if horizontal_flip and self.views < 2:
             raise ConfigError(f"`horizontal_flip` needs flipped views, and {self.folder} stores one view of each image")
         if batch_size > len(self):
@@ -289,6 +291,11 @@ class LatentStore:
         for part, place, view in zip(parts.tolist(), places.tolist(), views.tolist(), strict=True):
             for array in self.layout.arrays:
                 self._shard(part, array).announce(place, view)
+
+    def slot_of(self, row: int) -> int:
+        """The slot of a row."""
+        (part,), (place,) = self.places(np.array([row]))
+        return int(part) * self.layout.rows_per_part + int(place)
 
     def places(self, rows: IntArray) -> tuple[IntArray, IntArray]:
         """The part of each row, and its place among the part's samples."""

@@ -8,6 +8,7 @@ changed nothing or mended something. What is made from what:
     parts.parquet                  all records
     a part's shards, record, sums  its rows whose checksums hold, and those rows encoded again that do not
     index.parquet, stats.npz       all records and sums
+    boxes.npy                      the index
     what else the manifest lists   the encode's configuration
 """
 
@@ -25,6 +26,7 @@ from typing import Any, get_args
 import numpy.typing as npt
 
 from rae.store.compression import Compressor
+from rae.store.crops import BOXES_FILE, CropLaw, record_boxes
 from rae.store.errors import ConfigError, CorruptData, RaeError
 from rae.store.latents_finish import finish, part_line, store_files, write_parts_table
 from rae.store.latents_index import INDEX_FILE, INDEX_SCHEMA, PARTS_FILE, PARTS_SCHEMA, open_table, read_columns
@@ -77,7 +79,7 @@ class Repair:
             for part in sorted({problem.part for problem in problems if problem.part is not None}):
                 replaced += self._part(part, scratch / str(part))
                 shutil.rmtree(scratch / str(part))
-            return [*replaced, *self._derived(scratch), *self._described(scratch)]
+            return [*replaced, *self._derived(scratch), *self._boxes(scratch), *self._described(scratch)]
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -110,6 +112,15 @@ class Repair:
         finish(self._folder, self._layout, parts, self._manifest.recipe["source"], into=scratch / "store")
         for name in damaged:
             yield self._replace(scratch / "store" / name, self._folder / name, self._digests.get(name))
+
+    def _boxes(self, scratch: Path) -> Iterator[Path]:
+        """Where crops lie, which follows from the index."""
+        if BOXES_FILE not in self._digests or self._whole(BOXES_FILE):
+            return
+        law = CropLaw(*(self._manifest.config["encode"][key] for key in ("seed", "resize_size", "image_size")))
+        parts, sources = list(_recorded(self._folder, self._layout)), self._manifest.recipe["source"]
+        made = record_boxes(self._folder, self._layout, parts, sources, law, into=scratch)
+        yield self._replace(made, self._folder / BOXES_FILE, self._digests[BOXES_FILE])
 
     def _described(self, scratch: Path) -> Iterator[Path]:
         """What the encode put beside the latents, which no record tells."""
@@ -171,7 +182,7 @@ def published_layout(folder: Path, manifest: Manifest) -> LatentLayout:
         sizes = (views, channels, height, width, rows_per_part)
         digests = {entry["path"]: entry["sha256"] for entry in manifest.files}
         for compressor in get_args(Compressor):
-            layout = LatentLayout(*sizes, encode["dtype"], compressor)
+            layout = LatentLayout(*sizes, encode["dtype"], compressor, "crops" if encode.get("crops") else "flips")
             metadata = layout.metadata_files(_slots(folder, layout))
             if hashlib.sha256(metadata[ARRAY_FILE]).hexdigest() == digests[ARRAY_FILE]:
                 return layout

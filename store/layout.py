@@ -5,6 +5,9 @@ A *part* covers consecutive samples of one source shard and is one Zarr shard of
 `number * R + i`, and the slots behind the last sample are padding. The layout follows from the numbers of samples in
 the ordered source shards and R, so whoever takes a part knows its place without asking anyone. int8 latents have their
 scales in a second array `scales` [N, V, C, 1, 1], laid out alike.
+
+Views are `flips`, the centre crop of the image and its horizontal flip, or `crops` at places of their own, which
+`rae.store.crops` draws and records; then the arrays have the attribute `rae_views: crops`.
 """
 
 import json
@@ -12,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy.typing as npt
 
@@ -24,6 +27,8 @@ from rae.store.formats import ARRAYS, Dtype, StoredArray
 GROUP_FILE = "zarr.json"
 ARRAY_FILE = "latents/zarr.json"
 STATS_FILE = "stats.npz"
+
+ViewKind = Literal["flips", "crops"]
 
 LATENTS_PER_PART = 1024  # views included: 400 MB at 384 KiB, 1,250 files for ImageNet
 GROUP_METADATA: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
@@ -63,6 +68,7 @@ class LatentLayout:
     rows_per_part: int
     dtype: Dtype = "float16"
     compressor: Compressor = "none"
+    view_kind: ViewKind = "flips"
 
     def __post_init__(self) -> None:
         sizes = (self.views, *self.latent_shape, self.rows_per_part)
@@ -71,6 +77,7 @@ class LatentLayout:
         for what, value, known in (
             ("stored as", self.dtype, get_args(Dtype)),
             ("compressed with", self.compressor, get_args(Compressor)),
+            ("of views that are", self.view_kind, get_args(ViewKind)),
         ):
             if value not in known:
                 raise ConfigError(f"latents are {what} {', '.join(known[:-1])} or {known[-1]}, not {value}")
@@ -154,7 +161,7 @@ class LatentLayout:
             "fill_value": array.fill_value,
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             "dimension_names": ["slot", "view", "channel", "height", "width"],
-            "attributes": dict(array.attributes),
+            "attributes": dict(array.attributes) | ({"rae_views": "crops"} if self.view_kind == "crops" else {}),
         }
 
     def metadata_files(self, slots: int) -> dict[str, bytes]:
@@ -184,7 +191,8 @@ class LatentLayout:
             codecs = metadata["codecs"][0]["configuration"]["codecs"]
             views, channels, height, width = row_shape
             dtype = metadata["attributes"].get("rae_dtype", metadata["data_type"])
-            layout = cls(views, channels, height, width, rows_per_part, dtype, _compressor(codecs))
+            kind = metadata["attributes"].get("rae_views", "flips")
+            layout = cls(views, channels, height, width, rows_per_part, dtype, _compressor(codecs), kind)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, ConfigError) as error:
             raise CorruptData(f"{where} does not describe a latent store ({type(error).__name__}: {error})") from error
         expected = layout.array_metadata(slots)

@@ -1,7 +1,8 @@
 """What the decoder learns from: images by row, with their tokens where those are stored.
 
 `online` shows random crops, whose tokens the encoder is to make (RAE paper, section 3). `cached` shows the images as
-they were encoded, beside the stored tokens of the same view.
+they were encoded, beside the stored tokens of the same view; `crops` does so where the views are crops, cut again at
+their recorded boxes.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from rae.stages.images import BadImage, center_crop, decode, resized_crop
+from rae.stages.images import BadImage, center_crop, cut, decode, resize_shorter, resized_crop
+from rae.store.crops import open_boxes
 from rae.store.errors import CorruptData
 from rae.store.latents import LatentStore
 from rae.store.latents_images import StoredImages
@@ -69,11 +71,16 @@ class OnlineFeed:
 class StoredFeed:
     """The valid rows of a latent store, each in a view drawn from (seed, "view", epoch, row), with its image.
 
-    `image_size` is that of the images that were encoded. Raises `StaleInput` if `source` holds other images.
+    `image_size`, and of crops `resize_size`, are those that were encoded with. Raises `StaleInput` if `source` holds
+    other images.
     """
 
-    def __init__(self, source: Source, store: LatentStore, image_size: int, seed: int) -> None:
+    def __init__(
+        self, source: Source, store: LatentStore, image_size: int, seed: int, resize_size: int | None = None
+    ) -> None:
         self._images, self._store, self._size, self._seed = StoredImages(store, source), store, image_size, seed
+        self._resize_size = resize_size
+        self._boxes = open_boxes(store.folder, store.layout, store.slots) if resize_size is not None else None
 
     def __len__(self) -> int:
         return len(self._store)
@@ -90,5 +97,9 @@ class StoredFeed:
 
     def _view(self, row: int, view: int) -> Pixels:
         """The image whose tokens are the row's in this view."""
-        image = center_crop(decode(self._images.read(row)), self._size)
-        return image[:, ::-1] if view else image
+        image = decode(self._images.read(row))
+        if self._boxes is None or self._resize_size is None:
+            centre = center_crop(image, self._size)
+            return centre[:, ::-1] if view else centre
+        left, top, _, _ = self._boxes[self._store.slot_of(row), view].tolist()
+        return cut(resize_shorter(image, self._resize_size), left, top, self._size)
