@@ -73,7 +73,7 @@ class Discriminator(nn.Module, ABC):
 class EncoderDiscriminator(Discriminator):
     """Heads on the feature maps of a frozen encoder: those that its perceptual distance compares, one head each.
 
-    Raises `ConfigError` for widths that `norm_type` gn cannot group.
+    Raises `ConfigError` for widths that `norm_type` gn cannot group, and for a kernel that wraps around a whole map.
     """
 
     def __init__(self, encoder: Encoder, ks: int = 9, norm_type: NormType = "bn", using_spec_norm: bool = True) -> None:
@@ -84,6 +84,12 @@ class EncoderDiscriminator(Discriminator):
             raise ConfigError(
                 f"`norm_type: gn` makes {GROUPS} groups of channels, and the features of {encoder.info.name} have"
                 f" {', '.join(map(str, widths))}: leave it at `bn`"
+            )
+        fewest = min(feature[0, 0].numel() for feature in seen)
+        if ks // 2 > fewest:
+            raise ConfigError(
+                f"`ks` {ks} wraps around the {fewest} positions of {encoder.info.name}'s smallest feature map: take"
+                f" {2 * fewest + 1} or less"
             )
         super().__init__(widths, ks, norm_type, using_spec_norm)
         self.encoder = encoder

@@ -99,3 +99,11 @@ def test_its_gradients_reach_heads_and_image_and_leave_the_encoder(encoder: Enco
 def test_groups_of_channels_need_widths_that_can_be_grouped(encoder: Encoder) -> None:
     with pytest.raises(ConfigError, match="32 groups of channels, and the features of efficientnet-lite0 have 16, 24"):
         EncoderDiscriminator(encoder, norm_type="gn")
+
+
+def test_a_kernel_is_no_longer_than_the_smallest_map_wrapped_around(encoder: Encoder) -> None:
+    fewest = encoder.grid[0] * encoder.grid[1]
+    widest = 2 * fewest + 1
+    assert EncoderDiscriminator(encoder, ks=widest)(images(1)).isfinite().all()
+    with pytest.raises(ConfigError, match=rf"the {fewest} positions of .*take {widest} or less"):
+        EncoderDiscriminator(encoder, ks=widest + 2)
