@@ -10,15 +10,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from rae.stages.sections import (
-    EncodeSection,
-    EvaluateSection,
-    SampleSection,
-    Section,
-    ShardsSection,
-    TrainDecoderSection,
-    TrainDitSection,
-)
+from rae.stages.section import Section
+from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, ShardsSection
+from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
 from rae.store.artifacts import check_name
 from rae.store.errors import ConfigError, MissingInput
 

@@ -11,7 +11,8 @@ from typing import Literal
 from rae.pipeline.plan import Pipeline
 from rae.stages.job import Beginning
 from rae.stages.models.model_folder import read_json
-from rae.stages.sections import SampleSection, TrainDecoderSection, TrainDitSection, TrainingSection
+from rae.stages.sections import SampleSection
+from rae.stages.training.sections import TrainDecoderSection, TrainDitSection, TrainingSection
 from rae.store.artifacts import Artifact, Run, Workspace, no_milestone
 from rae.store.errors import ConfigError, MissingInput, StaleInput
 from rae.store.manifest import Json, differing_fields, recipe_id

@@ -22,7 +22,8 @@ from rae.stages.job import Job, Result
 from rae.stages.models.geometry import encoder_geometry, input_size_for
 from rae.stages.models.own_encoder import OwnEncoder
 from rae.stages.models.weights import EncoderSource, locate_encoder
-from rae.stages.sections import EncodeSection, Section
+from rae.stages.section import Section
+from rae.stages.sections import EncodeSection
 from rae.stages.shards import in_place
 from rae.stages.sources import Split
 from rae.store.artifacts import Artifact, Workspace

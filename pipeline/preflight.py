@@ -10,7 +10,8 @@ from rae.pipeline import longer_runs
 from rae.pipeline.plan import Pipeline
 from rae.pipeline.tasks import evaluation_lpips, extractor_files
 from rae.stages.models.weights import locate_dino, locate_lpips
-from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, TrainDecoderSection, TrainDitSection
+from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection
+from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
 from rae.store.errors import ConfigError, MissingInput, RaeError, StaleInput
 from rae.store.manifest import Json, differing_fields
 

@@ -23,14 +23,8 @@ from rae.stages.models.weights import (
     locate_lpips,
     locate_timm,
 )
-from rae.stages.sections import (
-    EncodeSection,
-    EvaluateSection,
-    SampleSection,
-    ShardsSection,
-    TrainDecoderSection,
-    TrainDitSection,
-)
+from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, ShardsSection
+from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
 from rae.store.artifacts import Artifact, Workspace
 from rae.store.errors import StaleInput
 from rae.store.manifest import Json, canonical, differing_fields, recipe_id

@@ -19,7 +19,7 @@ from rae.stages.models.perceptual import EncoderDistance, LpipsDistance, build_p
 from rae.stages.models.pixels import to_unit
 from rae.stages.models.trained import decoder_payload, read_encoder
 from rae.stages.models.weights import EncoderSource, locate_dino
-from rae.stages.sections import EncodeSection, TrainDecoderSection
+from rae.stages.sections import EncodeSection
 from rae.stages.training.adversarial import AdversarialLearner, augment_draws
 from rae.stages.training.beginning import begin_decoder
 from rae.stages.training.feeds import Feed, OnlineFeed, StoredFeed
@@ -27,6 +27,7 @@ from rae.stages.training.loop import Learner, Trainee, train
 from rae.stages.training.optimizer import steps_per_epoch
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
+from rae.stages.training.sections import TrainDecoderSection
 from rae.store.artifacts import Artifact
 from rae.store.errors import CorruptData
 from rae.store.latents import LatentStore

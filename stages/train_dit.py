@@ -12,11 +12,11 @@ from rae.stages.job import Beginning, Job, Result
 from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.trained import DitDescription, dit_payload, read_encoder
 from rae.stages.models.transport import Transport, auto_shift
-from rae.stages.sections import TrainDitSection
 from rae.stages.training.beginning import begin_dit
 from rae.stages.training.loop import Learner, train
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
+from rae.stages.training.sections import TrainDitSection
 from rae.stages.training.whitening import Whitening
 from rae.store.artifacts import Artifact
 from rae.store.classes import read_classes

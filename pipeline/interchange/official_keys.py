@@ -6,14 +6,9 @@ from typing import Any
 
 from rae.pipeline.config import closest
 from rae.pipeline.interchange.official_yaml import number
-from rae.stages.sections import (
-    EncodeSection,
-    SampleSection,
-    Section,
-    ShardsSection,
-    TrainDecoderSection,
-    TrainDitSection,
-)
+from rae.stages.section import Section
+from rae.stages.sections import EncodeSection, SampleSection, ShardsSection
+from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
 from rae.store.manifest import Json
 
 SECTIONS: Mapping[str, type[Section]] = {

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field
 
 from rae.pipeline.config import validated
-from rae.stages.sections import Fraction, Positive, Rate, Section
+from rae.stages.section import Fraction, Positive, Rate, Section
 from rae.store.errors import ConfigError, MissingInput
 from rae.store.manifest import Json
 

@@ -16,12 +16,12 @@ from rae.stages.models.decoder import ViTDecoder
 from rae.stages.models.diffaug import DRAWS, diff_augment
 from rae.stages.models.discriminator import Discriminator
 from rae.stages.models.gan_losses import adaptive_weight, discriminator_loss, generator_loss
-from rae.stages.sections import TrainDecoderSection
 from rae.stages.training.checkpoints import Groups
 from rae.stages.training.loop import Batch, Trainee, finite
 from rae.stages.training.optimizer import build_optimizer, descend, load_optimizer, optimizer_tensors
 from rae.stages.training.randomness import uniform
 from rae.stages.training.ranks import Ranks, wrap
+from rae.stages.training.sections import TrainDecoderSection
 
 # What the discriminator is shown: made images to judge, then made and real ones to learn from.
 VIEWS = ("judged", "fake", "real")

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.payload import Payload
-from rae.stages.sections import TrainingSection
 from rae.stages.training.checkpoints import Groups, load, newest
 from rae.stages.training.data import prefetch
 from rae.stages.training.ema import EMA
@@ -34,6 +33,7 @@ from rae.stages.training.optimizer import (
 )
 from rae.stages.training.ranks import Ranks, wrap
 from rae.stages.training.results import Results, check_milestones
+from rae.stages.training.sections import TrainingSection
 from rae.store.errors import PartialResult, RaeError, StaleInput
 
 logger = logging.getLogger("rae.train")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rae.stages.sections import TrainingSection
+from rae.stages.training.sections import TrainingSection
 from rae.store import order
 from rae.store.errors import ConfigError, StaleInput
 

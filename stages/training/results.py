@@ -8,10 +8,10 @@ from torch import nn
 
 from rae.stages.job import Job, Result
 from rae.stages.models.payload import Payload
-from rae.stages.sections import TrainingSection
 from rae.stages.training.checkpoints import Groups, files_of, save
 from rae.stages.training.ema import EMA
 from rae.stages.training.metrics_log import Meter
+from rae.stages.training.sections import TrainingSection
 from rae.store.errors import ConfigError
 
 

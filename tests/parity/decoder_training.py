@@ -17,9 +17,9 @@ from parity.fixture import below, close, close_after_training, read
 from parity.schedule import schedule_from_official
 from rae.stages.models.decoder import ViTDecoder
 from rae.stages.models.diffaug import DRAWS
-from rae.stages.sections import TrainDecoderSection
 from rae.stages.training.adversarial import AdversarialLearner
 from rae.stages.training.ranks import Ranks
+from rae.stages.training.sections import TrainDecoderSection
 
 # What the fixture logs, and what our learner calls it. Officially a part that has not begun is logged as zero.
 NUMBERS = {"l1": "l1", "gen": "gen_loss", "weight": "d_weight", "disc": "disc_loss"}

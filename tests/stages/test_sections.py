@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from rae.stages.models.sizes import DIT_SIZES, VIT_SIZES
 from rae.stages.models.transport import create_transport
-from rae.stages.sections import EncodeSection, SampleSection, TrainDecoderSection, TrainDitSection
+from rae.stages.sections import EncodeSection, SampleSection
+from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
 from rae.store.errors import ConfigError
 
 

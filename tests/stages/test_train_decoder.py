@@ -6,8 +6,8 @@ import pytest
 
 from rae.stages.models.encoders import load_encoder
 from rae.stages.models.weights import locate_encoder
-from rae.stages.sections import TrainDecoderSection
 from rae.stages.train_decoder import describe_decoder
+from rae.stages.training.sections import TrainDecoderSection
 from rae.store.errors import ConfigError
 
 DINOV2 = Path(__file__).parents[1] / "parity" / "encoder_dinov2"

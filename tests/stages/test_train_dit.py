@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rae.stages.models.transport import create_transport
-from rae.stages.sections import TrainDitSection
 from rae.stages.train_dit import Batch, count_classes, describe_dit, describe_transport, make_batch
+from rae.stages.training.sections import TrainDitSection
 from rae.stages.training.whitening import Whitening
 from rae.store.errors import ConfigError, StaleInput
 from rae.store.latents import LatentStore

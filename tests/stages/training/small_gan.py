@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens
 from rae.stages.models.discriminator import BACKBONES, DinoDiscriminator
-from rae.stages.sections import TrainDecoderSection
 from rae.stages.training.adversarial import AdversarialLearner, augment_draws
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
+from rae.stages.training.sections import TrainDecoderSection
 from rae.store.order import GlobalShuffle, batch_rows
 
 ALONE = Ranks()

@@ -19,12 +19,12 @@ from rae.stages.job import Job
 from rae.stages.models.diffaug import diff_augment
 from rae.stages.models.discriminator import DinoDiscriminator
 from rae.stages.models.payload import Payload
-from rae.stages.sections import TrainDecoderSection
 from rae.stages.training.adversarial import AdversarialLearner, augment_draws
 from rae.stages.training.checkpoints import load
 from rae.stages.training.loop import Learner, train
 from rae.stages.training.metrics_log import read
 from rae.stages.training.ranks import Ranks
+from rae.stages.training.sections import TrainDecoderSection
 from rae.store.errors import RaeError
 from tests.conftest import Rae
 from tests.stages.training.small_gan import (
