@@ -26,9 +26,9 @@ from rae.stages.models.discriminator import IMAGENET_MEAN, IMAGENET_STD, DinoDis
 from rae.stages.models.gan_losses import adaptive_weight, discriminator_loss, generator_loss
 from rae.stages.models.perceptual import LpipsDistance
 from rae.stages.models.sizes import VIT_SIZES
-from rae.stages.sections import TrainDecoderSection
 from rae.stages.training.adversarial import AdversarialLearner
 from rae.stages.training.ranks import Ranks
+from rae.stages.training.sections import TrainDecoderSection
 
 B, SIDE, GRID, C = 4, 256, 16, 768
 SECTION = TrainDecoderSection(steps=10**6, batch_size=B, disc_start_step=0, gan_start_step=0, augment_prob=0.0)
