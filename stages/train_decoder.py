@@ -3,6 +3,7 @@
 RAE paper, section 3. What it is shown comes from a feed (`rae.stages.training.feeds`).
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -33,6 +34,8 @@ from rae.store.errors import CorruptData
 from rae.store.latents import LatentStore
 from rae.store.order import GlobalShuffle, IntArray, batch_rows
 from rae.store.source import Source
+
+logger = logging.getLogger("rae.train")
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,15 @@ def build_learner(
 ) -> Trainee[Batch]:
     """The decoder in training, against a discriminator if there is one."""
     if discriminator is not None:
-        return AdversarialLearner(decoder, discriminator, tokens, reconstruction, section, **place)
+        learner = AdversarialLearner(decoder, discriminator, tokens, reconstruction, section, **place)
+        if learner.gan_start >= learner.schedule[1]:
+            logger.warning(
+                "the adversarial term would begin at step %d and training ends at %d: it has no effect on this decoder;"
+                " see `train_decoder.gan_start_epoch`",
+                learner.gan_start,
+                learner.schedule[1],
+            )
+        return learner
 
     def loss(forward: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         _, noised = tokens(batch)

@@ -311,6 +311,11 @@ class TestCommand:
         assert "dino/S_16" in recipe["weights"]
         assert "disc_weights" not in recipe["config"]["train_decoder"]
 
+    def test_a_run_that_ends_before_the_adversary_says_so(self, rae_with: Callable[..., Rae], dino: Path) -> None:
+        words = self.words(f"train_decoder.disc_weights={dino}", "train_decoder.gan_start_step=3")
+        ran = rae_with("shards").verb("train-decoder", *words).succeeded()
+        assert "the adversarial term would begin at step 3 and training ends at 3" in ran.err
+
     def test_is_refused_without_the_weights(
         self, rae_with: Callable[..., Rae], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
