@@ -118,7 +118,10 @@ def _manifest_problems(
 
 def _size_problems(folder: Path, layout: LatentLayout, lines: list[dict[str, Any]]) -> Iterator[Problem]:
     for line in lines:
-        for path, (size, _) in zip(_shard_paths(folder, layout, line), _listed(line), strict=False):
+        for path, size, _ in _listed_shards(folder, layout, line):
+            if size is None:
+                yield Problem(folder / PARTS_FILE, f"says nothing of {path}", line["part"])
+                continue
             try:
                 check_size(path, size)
             except RaeError as error:
@@ -160,10 +163,10 @@ def _part_problems(folder: Path, layout: LatentLayout, line: dict[str, Any]) -> 
 
 
 def _shard_problems(folder: Path, layout: LatentLayout, record: PartRecord, line: dict[str, Any]) -> Iterator[Problem]:
-    files = list(zip(_shard_paths(folder, layout, line), _listed(line), strict=True))
-    if any(not path.exists() or path.stat().st_size != size for path, (size, _) in files):
+    files = _listed_shards(folder, layout, line)
+    if any(not path.exists() or path.stat().st_size != size for path, size, _ in files):
         return  # which is among the problems already
-    damaged = [path for path, (_, sha256) in files if file_sha256(path) != sha256]
+    damaged = [path for path, _, sha256 in files if file_sha256(path) != sha256]
     if not damaged:
         return
     latents = list(_latent_problems(folder, layout, record, damaged[0]))
@@ -193,14 +196,14 @@ def _latent_problems(folder: Path, layout: LatentLayout, record: PartRecord, dam
                 yield Problem(damaged, "the latent does not match its checksum", record.part, slot, view, key)
 
 
-def _shard_paths(folder: Path, layout: LatentLayout, line: dict[str, Any]) -> list[Path]:
-    return [folder / key for key in layout.shard_keys(line["part"])]
-
-
-def _listed(line: dict[str, Any]) -> list[tuple[int, str]]:
-    """Bytes and sha256 of a part's shards."""
-    listed = [(line["bytes"], line["sha256"]), (line["scales_bytes"], line["scales_sha256"])]
-    return [(size, sha256) for size, sha256 in listed if size is not None]
+def _listed_shards(folder: Path, layout: LatentLayout, line: dict[str, Any]) -> list[tuple[Path, int | None, str]]:
+    """A part's shards, with the bytes and the sha256 that the table of parts has for each; None where it has none."""
+    columns = {"latents": ("bytes", "sha256"), "scales": ("scales_bytes", "scales_sha256")}
+    number = line["part"]
+    return [
+        (folder / layout.shard_key(number, array.name), *(line[column] for column in columns[array.name]))
+        for array in layout.arrays
+    ]
 
 
 def _derived_problems(folder: Path, layout: LatentLayout, lines: list[dict[str, Any]]) -> Iterator[Problem]:

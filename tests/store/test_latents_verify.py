@@ -5,11 +5,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rae.store.errors import CorruptData, RaeError
 from rae.store.latents import LatentStore
 from rae.store.latents_finish import LatentsSummary
+from rae.store.latents_index import PARTS_FILE
+from rae.store.latents_verify import verify
 from rae.store.manifest import Manifest
 from rae.store.zarr_shard import file_sha256
 
@@ -106,6 +110,18 @@ def test_a_manifest_of_another_content_is_found_quickly(tmp_path: Path, given) -
     publish(tmp_path, summary, content="0" * 64)
     (problem,) = store.verify("quick")
     assert problem.file == tmp_path / "manifest.json"
+
+
+@pytest.mark.parametrize("mode", ["quick", "full"])
+def test_a_table_that_says_nothing_of_the_scales_is_named(tmp_path: Path, given, mode: str) -> None:
+    store = given(dtype="int8")
+    store.write(tmp_path)
+    table = pq.read_table(tmp_path / PARTS_FILE)
+    column = table.schema.get_field_index("scales_bytes")
+    nothing = pa.nulls(table.num_rows, table.schema.field(column).type)
+    pq.write_table(table.set_column(column, table.schema.field(column), nothing), tmp_path / PARTS_FILE)
+    problems = verify(tmp_path, store.layout, mode)
+    assert {problem.part for problem in problems if "says nothing of" in str(problem)} == set(range(len(store.parts)))
 
 
 def test_a_record_that_was_rewritten_is_found(tmp_path: Path, given) -> None:
