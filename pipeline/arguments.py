@@ -6,7 +6,8 @@ import typer
 
 if TYPE_CHECKING:
     from rae.pipeline.launch import Crew
-    from rae.pipeline.runner import Options
+    from rae.pipeline.plan import Pipeline
+    from rae.pipeline.runner import Options, Outcome
 
 Config = Annotated[str, typer.Argument(help="A preset's name (see `rae config ls`) or a YAML file.")]
 Ref = Annotated[str, typer.Argument(help="KIND/NAME, KIND/ID, a path, or a bare name if it is unique.")]
@@ -39,3 +40,31 @@ def options_for(
     quiet = quiet or not is_main()
     log_to("stderr", quiet)
     return Options(restart=restart, device=device, crew=crew or Crew(), console=Console(quiet, as_json))
+
+
+def prepare(
+    config: str,
+    workspace: str,
+    overrides: list[str] | None,
+    as_json: bool = False,
+    quiet: bool = False,
+    restart: bool = False,
+    device: str = "auto",
+    crew: "Crew | None" = None,
+) -> tuple["Pipeline", "Options"]:
+    """The configuration in its workspace, read and checked, and how to run it."""
+    from rae.pipeline import config as configuration
+    from rae.pipeline.plan import Pipeline
+    from rae.store.artifacts import Workspace
+
+    settings = configuration.load(config, overrides)
+    options = options_for(as_json, quiet, restart, device, crew)
+    return Pipeline(settings, Workspace(workspace), configuration.words(config, overrides)), options
+
+
+def show_outcome(outcome: "Outcome", options: "Options") -> None:
+    """With `--json`, what a command made."""
+    from rae.pipeline.launch import is_main
+
+    if options.console.as_json and is_main():
+        options.console.print_json(outcome.to_json())

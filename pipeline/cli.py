@@ -21,15 +21,18 @@ from rae.pipeline.arguments import (
     Set,
     WorkspaceOption,
     options_for,
+    prepare,
+    show_outcome,
 )
+from rae.pipeline.cli_config import config_app
 from rae.pipeline.cli_export import export_app
 from rae.pipeline.cli_import import import_app
+from rae.pipeline.cli_shards import shards_command
 from rae.pipeline.cli_verify import verify_command
 
 if TYPE_CHECKING:
-    from rae.pipeline.launch import Crew
     from rae.pipeline.plan import Pipeline
-    from rae.pipeline.runner import Options, Outcome
+    from rae.pipeline.runner import Options
     from rae.store.errors import RaeError
 
 app = typer.Typer(
@@ -40,7 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-config_app = typer.Typer(help="List, show or check configurations.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 app.add_typer(import_app, name="import")
 app.add_typer(export_app, name="export")
@@ -65,7 +67,7 @@ def run_command(
     from rae.pipeline.preflight import preflight
     from rae.pipeline.report import write_report
 
-    pipeline, options = _prepare(config, workspace, overrides, as_json, quiet, restart, device)
+    pipeline, options = prepare(config, workspace, overrides, as_json, quiet, restart, device)
     stages = runner.between(pipeline, first, last)
     preflight(pipeline)
     if dry_run:
@@ -93,48 +95,13 @@ def _stage_command(name: str, summary: str) -> None:
         restart: Restart = False,
         device: Device = "auto",
     ) -> None:
-        from rae.pipeline import runner
-
-        pipeline, options = _prepare(config, workspace, overrides, as_json, quiet, restart, device)
-        if dry_run:
-            _show_plan(pipeline, [name], options)
-            return
-        _show_outcome(runner.run_verb(pipeline, name, options), options)
+        pipeline, options = prepare(config, workspace, overrides, as_json, quiet, restart, device)
+        _run_verb(name, pipeline, options, dry_run)
 
     app.command(name.replace("_", "-"), help=summary)(command)
 
 
-@app.command("shards")
-def shards_command(
-    source: Annotated[str, typer.Argument(help="A configuration; or with OUT: digits, or a path of images.")],
-    out: Annotated[str | None, typer.Argument(help="The folder to write webdataset shards into.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many images, class-balanced.")] = None,
-    val_fraction: Annotated[float | None, typer.Option(help="Hold out this share, class-balanced.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Chooses the images of --limit and --val-fraction.")] = None,
-    samples_per_shard: Annotated[int | None, typer.Option(help="Images per tar; 1000 by default.")] = None,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    overrides: Set = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Turn images, class folders, parquet or CIFAR-10 into webdataset shards with an index."""
-    from rae.pipeline import config as configuration
-    from rae.pipeline import runner
-    from rae.stages.sections import ShardsSection
-    from rae.store.errors import ConfigError
-
-    choice = {"limit": limit, "val_fraction": val_fraction, "seed": seed, "samples_per_shard": samples_per_shard}
-    choice = {key: value for key, value in choice.items() if value is not None}
-    if out is None:
-        overrides = [*(overrides or ()), *(f"shards.{key}={value}" for key, value in choice.items())]
-        pipeline, options = _prepare(source, workspace, overrides, as_json, quiet)
-        _show_outcome(runner.run_verb(pipeline, "shards", options), options)
-        return
-    if overrides:
-        raise ConfigError("`-s` changes a configuration, and `rae shards SOURCE OUT` reads none: leave out OUT")
-    section = configuration.validated(ShardsSection, {"train": source, **choice}, "rae shards")
-    options = options_for(as_json, quiet)
-    _show_outcome(runner.convert(section, out, options), options)
+app.command("shards")(shards_command)
 
 
 @app.command("encode")
@@ -154,16 +121,13 @@ def encode_command(
     device: Device = "auto",
 ) -> None:
     """Encode every image once into the latent store."""
-    from rae.pipeline import launch, runner
+    from rae.pipeline import launch
     from rae.store.errors import OthersAtWork
 
     crew = launch.Crew(processes, scheduler, launch.share_of(parts) if parts else (0, 1))
-    pipeline, options = _prepare(config, workspace, overrides, as_json, quiet, restart, device, crew)
-    if dry_run:
-        _show_plan(pipeline, ["encode"], options)
-        return
+    pipeline, options = prepare(config, workspace, overrides, as_json, quiet, restart, device, crew)
     try:
-        _show_outcome(runner.run_verb(pipeline, "encode", options), options)
+        _run_verb("encode", pipeline, options, dry_run)
     except OthersAtWork as others:
         options.console.say(f"{others.message}; when all shares are done, the last one finishes the latents")
         if as_json and launch.is_main():
@@ -189,14 +153,9 @@ def sample_command(
     device: Device = "auto",
 ) -> None:
     """Draw latents from the transformer and decode them to images."""
-    from rae.pipeline import runner
-
-    pipeline, options = _prepare(config, workspace, overrides, as_json, quiet, restart, device)
+    pipeline, options = prepare(config, workspace, overrides, as_json, quiet, restart, device)
     pipeline.checkpoint = checkpoint
-    if dry_run:
-        _show_plan(pipeline, ["sample"], options)
-        return
-    _show_outcome(runner.run_verb(pipeline, "sample", options), options)
+    _run_verb("sample", pipeline, options, dry_run)
 
 
 _stage_command("evaluate", "Score reconstructions and samples; draws the samples if they are missing.")
@@ -209,7 +168,7 @@ def plan_command(
     """Say what would run, why, what it takes, and what is missing for it."""
     from rae.pipeline.preflight import problems
 
-    pipeline, options = _prepare(config, workspace, overrides, as_json)
+    pipeline, options = prepare(config, workspace, overrides, as_json)
     _show_plan(pipeline, [stage.name for stage in pipeline.stages], options)
     if found := list(problems(pipeline)):
         for problem in found:
@@ -245,66 +204,20 @@ def report_command(
     """Write the HTML report of what is done."""
     from rae.pipeline.report import write_report
 
-    pipeline, options = _prepare(config, workspace, overrides, as_json)
+    pipeline, options = prepare(config, workspace, overrides, as_json)
     path = write_report(pipeline)
     options.console.say(f"report: {path}")
     if as_json:
         options.console.print_json({"path": str(path)})
 
 
-@config_app.command("ls")
-def config_ls(as_json: AsJson = False) -> None:
-    """List the presets."""
-    from rae.pipeline import config as configuration
+def _run_verb(name: str, pipeline: "Pipeline", options: "Options", dry_run: bool) -> None:
+    from rae.pipeline import runner
 
-    console = options_for(as_json).console
-    described = {name: configuration.load(name).description for name in configuration.presets()}
-    if as_json:
-        console.print_json(described)
+    if dry_run:
+        _show_plan(pipeline, [name], options)
     else:
-        console.table("", ["preset", "what it is"], [[name, text] for name, text in described.items()])
-
-
-@config_app.command("show")
-def config_show(config: Config, overrides: Set = None) -> None:
-    """Print a configuration with every default written out."""
-    from rae.pipeline import config as configuration
-
-    print(configuration.to_yaml(configuration.load(config, overrides)), end="")
-
-
-@config_app.command("validate")
-def config_validate(config: Config, overrides: Set = None) -> None:
-    """Check a configuration without running anything."""
-    from rae.pipeline import config as configuration
-
-    print(f"{configuration.load(config, overrides).name}: valid")
-
-
-def _prepare(
-    config: str,
-    workspace: str,
-    overrides: list[str] | None,
-    as_json: bool = False,
-    quiet: bool = False,
-    restart: bool = False,
-    device: str = "auto",
-    crew: "Crew | None" = None,
-) -> tuple["Pipeline", "Options"]:
-    from rae.pipeline import config as configuration
-    from rae.pipeline.plan import Pipeline
-    from rae.store.artifacts import Workspace
-
-    settings = configuration.load(config, overrides)
-    options = options_for(as_json, quiet, restart, device, crew)
-    return Pipeline(settings, Workspace(workspace), configuration.words(config, overrides)), options
-
-
-def _show_outcome(outcome: "Outcome", options: "Options") -> None:
-    from rae.pipeline.launch import is_main
-
-    if options.console.as_json and is_main():
-        options.console.print_json(outcome.to_json())
+        show_outcome(runner.run_verb(pipeline, name, options), options)
 
 
 def _show_plan(pipeline: "Pipeline", names: list[str], options: "Options") -> None:

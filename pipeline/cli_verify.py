@@ -4,7 +4,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rae.pipeline.arguments import DEFAULT_WORKSPACE, AsJson, Device, Quiet, Ref, Set, WorkspaceOption, options_for
+from rae.pipeline.arguments import (
+    DEFAULT_WORKSPACE,
+    AsJson,
+    Device,
+    Quiet,
+    Ref,
+    Set,
+    WorkspaceOption,
+    options_for,
+    prepare,
+)
 
 if TYPE_CHECKING:
     from rae.store.latents_verify import Mode
@@ -26,8 +36,6 @@ def verify_command(
     device: Device = "auto",
 ) -> None:
     """Check an artifact against its digests and name what is damaged; exit code 5 if anything is."""
-    from rae.pipeline import config as configuration
-    from rae.pipeline.plan import Pipeline
     from rae.pipeline.verify import verify_artifact
     from rae.store.artifacts import Workspace
     from rae.store.errors import ConfigError
@@ -37,9 +45,5 @@ def verify_command(
     if config is not None and not repair:
         raise ConfigError("`--config` says how to make damaged rows again: give it with --repair")
     mode: Mode = "quick" if quick else "sampled" if sampled else "full"
-    place = Workspace(workspace)
-    pipeline = None
-    if config is not None:
-        settings = configuration.load(config, overrides)
-        pipeline = Pipeline(settings, place, configuration.words(config, overrides))
-    verify_artifact(place, ref, mode, options_for(as_json, quiet, device=device), repair, pipeline)
+    pipeline = prepare(config, workspace, overrides)[0] if config is not None else None
+    verify_artifact(Workspace(workspace), ref, mode, options_for(as_json, quiet, device=device), repair, pipeline)
