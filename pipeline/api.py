@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rae.store.artifacts import Artifact, Workspace
+from rae.store.artifacts import Workspace
 from rae.store.errors import ConfigError
+from rae.store.manifest import Artifact
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

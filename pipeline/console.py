@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rae.stages.job import Progress, silent
-from rae.store.artifacts import Artifact
+from rae.store.manifest import Artifact
 
 _SECONDS_BETWEEN_LINES = 10.0
 # The metrics that a line about an artifact shows, in this order, where it has them.

@@ -13,9 +13,10 @@ from rae.stages.job import Beginning
 from rae.stages.models.model_folder import read_json
 from rae.stages.sections import SampleSection
 from rae.stages.training.sections import TrainDecoderSection, TrainDitSection, TrainingSection
-from rae.store.artifacts import Artifact, Run, Workspace, no_milestone
+from rae.store.artifacts import Workspace
 from rae.store.errors import ConfigError, MissingInput, StaleInput
-from rae.store.manifest import Json, differing_fields, recipe_id
+from rae.store.manifest import Artifact, Json, differing_fields, recipe_id
+from rae.store.milestones import Run, milestone, milestone_steps, no_milestone
 
 Trainer = Literal["train_decoder", "train_dit"]
 
@@ -146,9 +147,9 @@ def guide(pipeline: Pipeline, run: Run) -> Artifact:
         own = int(relative[1])
     if own is None:
         return pipeline.workspace.resolve(ref, "dit")
-    found = pipeline.workspace.milestone(run, own)
+    found = milestone(run, own)
     if found is None:
-        raise no_milestone(run, own, pipeline.workspace.milestones(run))
+        raise no_milestone(run, own)
     return found
 
 
@@ -193,14 +194,14 @@ def snapshot(workspace: Workspace, runs: list[Run], step: int | None, weights: s
     from rae.stages.training.checkpoints import find_model, steps
 
     for run in runs:
-        artifact = workspace.milestone(run, step) if step is not None else workspace.find(run.kind, run.recipe)
+        artifact = milestone(run, step) if step is not None else workspace.find(run.kind, run.recipe)
         if artifact is not None:
             return _published(artifact)
         if found := find_model(_attempts(run), weights, step):
             folder, reached, sha256 = found
             return Snapshot(run, reached, folder, sha256=sha256)
     run = runs[0]
-    there = sorted({*workspace.milestones(run), *steps(_attempts(run))})
+    there = sorted({*milestone_steps(run), *steps(_attempts(run))})
     raise MissingInput(
         f"{run.kind}/{run.id} has no model"
         + (f" of step {step}" if step is not None else " yet")

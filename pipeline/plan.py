@@ -26,9 +26,9 @@ from rae.stages.section import Section
 from rae.stages.sections import EncodeSection
 from rae.stages.shards import in_place
 from rae.stages.sources import Split
-from rae.store.artifacts import Artifact, Workspace
+from rae.store.artifacts import Workspace
 from rae.store.errors import ConfigError, MissingInput, RaeError, StaleInput
-from rae.store.manifest import Json, canonical, differing_fields
+from rae.store.manifest import Artifact, Json, canonical, differing_fields
 from rae.store.shards import Source, open_source
 
 S = TypeVar("S", bound=Section)

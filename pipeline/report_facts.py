@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from rae.pipeline.console import duration, size
 from rae.pipeline.plan import STAGES, Pipeline, Stage
-from rae.store.artifacts import Artifact
 from rae.store.errors import RaeError
-from rae.store.manifest import Json, differing_fields
+from rae.store.manifest import Artifact, Json, differing_fields
 
 
 @dataclass(frozen=True)

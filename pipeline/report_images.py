@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rae.stages.images import BadImage, center_crop, decode
-from rae.store.artifacts import Artifact
 from rae.store.errors import CorruptData, RaeError
+from rae.store.manifest import Artifact
 from rae.store.shards import Source
 
 Pixels = NDArray[np.uint8]

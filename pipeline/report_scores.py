@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rae.store.artifacts import Artifact
 from rae.store.errors import CorruptData
-from rae.store.manifest import Json
+from rae.store.manifest import Artifact, Json
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from rae.pipeline.stopping import again
 from rae.pipeline.tasks import shards_task
 from rae.stages.job import Job, Publish, Result
 from rae.stages.sections import ShardsSection
-from rae.store.artifacts import Artifact, Run, Work, Workspace, read_artifact
+from rae.store.artifacts import Work, Workspace
 from rae.store.errors import ConfigError, CorruptData, MissingInput, PartialResult, RaeError, StaleInput
-from rae.store.manifest import Json, Manifest, canonical, differing_fields
+from rae.store.manifest import Artifact, Json, Manifest, canonical, differing_fields, read_artifact
+from rae.store.milestones import Run, milestone
 from rae.store.publish import fsync_folder, publish_bytes
 
 _REFUSALS = {
@@ -147,7 +148,7 @@ def make(workspace: Workspace, name: str, task: Task, options: Options) -> Outco
             if processes.is_main:
                 workspace.name(found, name)
             console.reused(stage.verb, found)
-            _say_milestones(workspace, task, found, options)
+            _say_milestones(task, found, options)
             return Outcome(found, reused=True)
         console.begins(stage.verb)
         inputs = {role: artifact.as_input() for role, artifact in task.inputs.items()}
@@ -155,7 +156,7 @@ def make(workspace: Workspace, name: str, task: Task, options: Options) -> Outco
         work = processes.broadcast(begin() if processes.is_main else None)
         assert work is not None
         try:
-            missing = processes.broadcast(_missing_milestones(workspace, task, work) if processes.is_main else None)
+            missing = processes.broadcast(_missing_milestones(task, work) if processes.is_main else None)
             publish = partial(_publish_milestone, workspace, task, work, options)
             manifest = _run(task, work, launch.device_of(options.device), options, missing or frozenset(), publish)
         except BaseException:
@@ -170,10 +171,10 @@ def make(workspace: Workspace, name: str, task: Task, options: Options) -> Outco
     return Outcome(artifact, reused=False)
 
 
-def _missing_milestones(workspace: Workspace, task: Task, work: Work) -> frozenset[int]:
+def _missing_milestones(task: Task, work: Work) -> frozenset[int]:
     """The milestones of a training that are still to be published; its last step needs no publication of its own."""
     run = Run(work.kind, work.recipe, work.folder)
-    return frozenset(step for step in task.milestones if workspace.milestone(run, step) is None)
+    return frozenset(step for step in task.milestones if milestone(run, step) is None)
 
 
 def _publish_milestone(
@@ -189,10 +190,10 @@ def _publish_milestone(
     options.console.say(f"{task.stage.verb}: published {run.kind}/{work.name}, {made.kind}/{made.id}")
 
 
-def _say_milestones(workspace: Workspace, task: Task, found: Artifact, options: Options) -> None:
+def _say_milestones(task: Task, found: Artifact, options: Options) -> None:
     """Tell which milestones a finished training lacks: it can't publish them any more."""
     run = Run(found.kind, found.manifest.recipe, found.folder)
-    if missing := [str(step) for step in sorted(task.milestones) if workspace.milestone(run, step) is None]:
+    if missing := [str(step) for step in sorted(task.milestones) if milestone(run, step) is None]:
         options.console.say(
             f"{task.stage.verb}: it published nothing at step {', '.join(missing)}, which was not asked for in time"
         )

@@ -7,10 +7,10 @@ from rae.pipeline.plan import STAGES, Pipeline
 from rae.pipeline.runner import payload_bytes
 from rae.stages.models.model_folder import read_json
 from rae.stages.sections import EncodeSection
-from rae.store.artifacts import Artifact, Unfinished, Workspace
+from rae.store.artifacts import Unfinished, Workspace
 from rae.store.errors import MissingInput, RaeError
 from rae.store.layout import LatentLayout
-from rae.store.manifest import Json
+from rae.store.manifest import Artifact, Json
 
 _SHOWN_INVALID_ROWS = 20
 

@@ -25,9 +25,9 @@ from rae.stages.models.weights import (
 )
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, ShardsSection
 from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
-from rae.store.artifacts import Artifact, Workspace
+from rae.store.artifacts import Workspace
 from rae.store.errors import StaleInput
-from rae.store.manifest import Json, canonical, differing_fields, recipe_id
+from rae.store.manifest import Artifact, Json, canonical, differing_fields, recipe_id
 
 if TYPE_CHECKING:
     from rae.stages.encode import Encoding

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from rae.pipeline.plan import Pipeline
 from rae.pipeline.runner import Options
-from rae.store.artifacts import Artifact, Workspace
+from rae.store.artifacts import Workspace
 from rae.store.errors import ConfigError, CorruptData, RaeError, StaleInput
 from rae.store.latents_repair import EncodedRow, Repair, published_layout
 from rae.store.latents_verify import Mode, Problem, verify
 from rae.store.layout import ARRAY_FILE, LatentLayout, Part
-from rae.store.manifest import differing_fields
+from rae.store.manifest import Artifact, differing_fields
 from rae.store.zarr_shard import file_sha256
 
 if TYPE_CHECKING:

@@ -20,9 +20,8 @@ from rae.stages.scoring.scores import score_generation
 from rae.stages.sections import EvaluateSection
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
-from rae.store.artifacts import Artifact
 from rae.store.errors import CorruptData
-from rae.store.manifest import Json, Manifest, canonical
+from rae.store.manifest import Artifact, Json, Manifest, canonical
 from rae.store.shards import Source
 
 RECONSTRUCTIONS, BY_LATENT_NOISE = "reconstructions.npz", "latent_noise.npz"  # what the report shows

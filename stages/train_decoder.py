@@ -29,9 +29,9 @@ from rae.stages.training.optimizer import steps_per_epoch
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
 from rae.stages.training.sections import TrainDecoderSection
-from rae.store.artifacts import Artifact
 from rae.store.errors import CorruptData
 from rae.store.latents import LatentStore
+from rae.store.manifest import Artifact
 from rae.store.order import GlobalShuffle, IntArray, batch_rows
 from rae.store.source import Source
 

@@ -18,10 +18,10 @@ from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
 from rae.stages.training.sections import TrainDitSection
 from rae.stages.training.whitening import Whitening
-from rae.store.artifacts import Artifact
 from rae.store.classes import read_classes
 from rae.store.errors import ConfigError, StaleInput
 from rae.store.latents import LatentStore
+from rae.store.manifest import Artifact
 from rae.store.order import batch_rows
 
 

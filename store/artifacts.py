@@ -12,47 +12,29 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rae.store.errors import ConfigError, CorruptData, MissingInput, StaleInput
-from rae.store.manifest import ID, KINDS, Json, Manifest, differing_fields, milestone_recipe, recipe_id
+from rae.store.manifest import (
+    ID,
+    KINDS,
+    Artifact,
+    Json,
+    Manifest,
+    differing_fields,
+    milestone_recipe,
+    read_artifact,
+    recipe_id,
+)
+from rae.store.milestones import Run, milestone, no_milestone
 from rae.store.publish import make_folder, publish_bytes, replace_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _AT_STEP = re.compile(r"(?P<run>.+)@step=(?P<step>[0-9]{1,15})")
 _TRAINED = ("decoder", "dit")
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A published artifact: its folder and what it says of itself."""
-
-    folder: Path
-    manifest: Manifest
-
-    @property
-    def kind(self) -> str:
-        return self.manifest.kind
-
-    @property
-    def id(self) -> str:
-        return self.manifest.id
-
-    @property
-    def payload(self) -> Path:
-        """The folder of the payload: the winning attempt's, or the artifact's own (latents, shards at a path)."""
-        for entry in self.manifest.files:
-            parts = Path(entry["path"]).parts
-            if parts[0] == "attempts":
-                return self.folder / parts[0] / parts[1]
-        return self.folder
-
-    def as_input(self) -> Json:
-        """How this artifact stands in the `inputs` of what is made from it."""
-        return {"kind": self.kind, "id": self.id, "content": self.manifest.content}
 
 
 @dataclass(frozen=True)
@@ -76,19 +58,6 @@ class Unfinished:
     name: str
     recipe: Json
     folder: Path
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training run, done or not: what it makes, and the folder of its artifact."""
-
-    kind: str
-    recipe: Json
-    folder: Path
-
-    @property
-    def id(self) -> str:
-        return recipe_id(self.recipe)
 
 
 class Workspace:
@@ -181,10 +150,10 @@ class Workspace:
         """What the runs that `ref` may mean published at a step; of runs of one kind, a finished one is meant."""
         found, runs = dict[str, Artifact](), self.runs(ref, kind)
         for run in runs:
-            if artifact := self.milestone(run, step):
+            if artifact := milestone(run, step):
                 found.setdefault(run.kind, artifact)
         if runs and not found:
-            raise no_milestone(runs[0], step, self.milestones(runs[0]))
+            raise no_milestone(runs[0], step)
         return list(found.values())
 
     def runs(self, ref: str, kind: str | None = None) -> list[Run]:
@@ -197,25 +166,6 @@ class Workspace:
             unfinished = [one for one in self.unfinished() if one.kind in kinds and name in (one.name, one.id)]
         runs = [Run(one.kind, one.manifest.recipe, one.folder) for one in done]
         return runs + [Run(one.kind, one.recipe, one.folder) for one in unfinished]
-
-    def milestone(self, run: Run, step: int) -> Artifact | None:
-        """What a training run published at a step; its last step is the run's own artifact."""
-        folder = run.folder.parent / recipe_id(milestone_recipe(run.recipe, step))
-        if (folder / "manifest.json").is_file():
-            return read_artifact(folder)
-        if (run.folder / "manifest.json").is_file():
-            artifact = read_artifact(run.folder)
-            return artifact if artifact.manifest.metrics.get("steps") == step else None
-        return None
-
-    def milestones(self, run: Run) -> list[int]:
-        """The steps before its end that a training run has published, in order."""
-        steps = []
-        for path in run.folder.parent.glob("*/manifest.json"):
-            match read_artifact(path.parent).manifest.recipe.get("milestone"):
-                case {"run": run.id, "step": int(step)}:
-                    steps.append(step)
-        return sorted(steps)
 
     # ---- making ------------------------------------------------------------------------------------------------
 
@@ -287,16 +237,6 @@ class Workspace:
             replace_bytes(ref, data)
 
 
-def no_milestone(run: Run, step: int, found: Iterable[int]) -> MissingInput:
-    """The refusal of a milestone that is not there, with those that are."""
-    there = ", ".join(map(str, found))
-    section = f"train_{run.kind}.publish_at"
-    return MissingInput(
-        f"{run.kind}/{run.id} has published nothing at step {step}"
-        + (f"; there are steps {there}" if there else f", nor at any other; `{section}` names steps before it trains")
-    )
-
-
 def check_name(name: str) -> None:
     """Refuse names that could lead out of the workspace or be taken for an id."""
     if not _NAME.fullmatch(name) or ID.fullmatch(name):
@@ -338,9 +278,3 @@ def _read_json(path: Path) -> Json:
     if not isinstance(value, dict):
         raise CorruptData(f"{path} holds no JSON object")
     return value
-
-
-def read_artifact(folder: Path) -> Artifact:
-    """Read the manifest in `folder`; `CorruptData` if it does not hold."""
-    where = folder / "manifest.json"
-    return Artifact(folder, Manifest.from_json(where.read_bytes(), str(where)))

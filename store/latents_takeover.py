@@ -15,10 +15,10 @@ from typing import Any
 
 import pyarrow.parquet
 
-from rae.store.artifacts import Artifact
 from rae.store.errors import CorruptData, RaeError
 from rae.store.latents_index import PARTS_FILE
 from rae.store.layout import LatentLayout, Part
+from rae.store.manifest import Artifact
 from rae.store.part_record import PartRecord, moments_path, record_path
 from rae.store.publish import fsync_folder, make_folder, publish_bytes, publish_file, temporary_name
 from rae.store.shards import Source

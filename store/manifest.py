@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from rae.store.errors import CorruptData
@@ -109,6 +110,41 @@ class Manifest:
         if manifest.to_json() != data:
             raise CorruptData(f"{where} is damaged: it does not match its own digest")
         return manifest
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published artifact: its folder and what it says of itself."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def kind(self) -> str:
+        return self.manifest.kind
+
+    @property
+    def id(self) -> str:
+        return self.manifest.id
+
+    @property
+    def payload(self) -> Path:
+        """The folder of the payload: the winning attempt's, or the artifact's own (latents, shards at a path)."""
+        for entry in self.manifest.files:
+            parts = Path(entry["path"]).parts
+            if parts[0] == "attempts":
+                return self.folder / parts[0] / parts[1]
+        return self.folder
+
+    def as_input(self) -> Json:
+        """How this artifact stands in the `inputs` of what is made from it."""
+        return {"kind": self.kind, "id": self.id, "content": self.manifest.content}
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Read the manifest in `folder`; `CorruptData` if it does not hold."""
+    where = folder / "manifest.json"
+    return Artifact(folder, Manifest.from_json(where.read_bytes(), str(where)))
 
 
 def _refuse_constant(name: str) -> None:

@@ -15,9 +15,9 @@ from rae.pipeline.console import Console
 from rae.pipeline.interchange.exports import exported
 from rae.stages.models.own_encoder import OwnEncoder
 from rae.stages.models.weights import EncoderFiles, locate_encoder
-from rae.store.artifacts import Artifact, Workspace
+from rae.store.artifacts import Workspace
 from rae.store.errors import ConfigError, MissingInput
-from rae.store.manifest import Json
+from rae.store.manifest import Artifact, Json
 
 if TYPE_CHECKING:
     from torch import Tensor

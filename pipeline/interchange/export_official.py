@@ -19,9 +19,9 @@ import yaml
 from rae.pipeline.console import Console
 from rae.pipeline.interchange.exports import exported
 from rae.pipeline.interchange.official_yaml import DIT_MODELS, FIXED_DIT, SHIFT_BASE, TRANSPORT_KEYS
-from rae.store.artifacts import Artifact, Workspace
+from rae.store.artifacts import Workspace
 from rae.store.errors import ConfigError
-from rae.store.manifest import Json
+from rae.store.manifest import Artifact, Json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,8 +20,9 @@ from rae.stages.images import center_crop, decode
 from rae.stages.models.pixels import to_uint8
 from rae.stages.scoring.reconstruction import psnr_db
 from rae.stages.sections import EncodeSection
-from rae.store.artifacts import Artifact, Workspace
+from rae.store.artifacts import Workspace
 from rae.store.latents import LatentStore
+from rae.store.manifest import Artifact
 
 SCORES = ("frechet_distance", "class_agreement", "transfer_accuracy", "precision", "recall")
 

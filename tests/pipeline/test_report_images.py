@@ -10,9 +10,8 @@ from PIL import Image
 
 from rae.pipeline.report import read_series
 from rae.pipeline.report_images import read_gallery
-from rae.store.artifacts import Artifact
 from rae.store.errors import CorruptData
-from rae.store.manifest import Manifest
+from rae.store.manifest import Artifact, Manifest
 
 
 def samples_artifact(folder: Path, images: np.ndarray, labels: np.ndarray) -> Artifact:

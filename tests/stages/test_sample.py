@@ -26,9 +26,8 @@ from rae.stages.models.trained import (
 from rae.stages.sample import choose_labels, draw_all, run
 from rae.stages.sections import SampleSection
 from rae.stages.training import randomness
-from rae.store.artifacts import Artifact
 from rae.store.errors import ConfigError, CorruptData, StaleInput
-from rae.store.manifest import Manifest
+from rae.store.manifest import Artifact, Manifest
 
 ENCODER = {"digest": "d", "feature_index": 3, "input_size": 64, "token_dim": 8, "grid": [2, 2]}
 NO_MANIFEST = Manifest("samples", "samples", {}, "", {}, {}, [], {})

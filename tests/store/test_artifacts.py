@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from rae.store.artifacts import Artifact, Work, Workspace, check_name
+from rae.store.artifacts import Work, Workspace, check_name
 from rae.store.errors import ConfigError, CorruptData, MissingInput, StaleInput
-from rae.store.manifest import Json, Manifest, recipe_id
+from rae.store.manifest import Artifact, Json, Manifest, recipe_id
 
 LATENTS = {"kind": "latents", "id": "ab" * 8, "content": "1" * 64}
 

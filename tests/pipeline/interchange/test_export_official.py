@@ -14,9 +14,8 @@ from rae.pipeline.interchange.official_yaml import dit_settings, transport_setti
 from rae.stages.models.dit import DiTConfig
 from rae.stages.models.official import Checkpoint, infer_decoder, infer_dit
 from rae.stages.models.trained import DitDescription
-from rae.store.artifacts import Artifact
 from rae.store.errors import ConfigError
-from rae.store.manifest import Manifest
+from rae.store.manifest import Artifact, Manifest
 from tests.pipeline.interchange.released import DECODER, DIT, Release
 
 RELEASED = json.loads((Path(__file__).parents[2] / "parity/official_state_dicts.json").read_text())
