@@ -5,10 +5,8 @@ a shard is opened when a row of its is asked for, and no row is looked at that i
 """
 
 import json
-import resource
 from collections.abc import Iterator
-from contextlib import suppress
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -17,10 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rae.store.buffers import Buffers
-from rae.store.compression import decompress
 from rae.store.errors import ConfigError, CorruptData, MissingInput
-from rae.store.formats import StoredArray
 from rae.store.latents_index import (
     INDEX_FILE,
     INDEX_SCHEMA,
@@ -33,13 +28,11 @@ from rae.store.latents_index import (
     read_columns,
     table_content,
 )
+from rae.store.latents_rows import RowReader
 from rae.store.latents_verify import Mode, Problem, verify
 from rae.store.layout import ARRAY_FILE, GROUP_FILE, STATS_FILE, LatentLayout
 from rae.store.order import GlobalShuffle, IntArray, Shuffle, WindowedShuffle, batch_rows, draw, steps_per_epoch
-from rae.store.parallel import sliced
 from rae.store.stats import LatentStats
-from rae.store.stored_part import open_shard
-from rae.store.zarr_shard import Shard, check_size
 
 Latents = npt.NDArray[Any]
 
@@ -88,19 +81,17 @@ class LatentStore:
         content = table_content(self.folder / PARTS_FILE, PARTS_SCHEMA)
         if self.manifest.get("content", content) != content:
             raise CorruptData(f"{self.folder / 'manifest.json'} is of other latents than {PARTS_FILE} beside it lists")
-        self._has_holes = rows < integers(parts, "slots")
-        self._first_row = np.concatenate([[0], np.cumsum(rows)])
-        self._buffers = Buffers()
         for name, data in self.layout.metadata_files(self.slots).items():
             if name not in (GROUP_FILE, ARRAY_FILE) and _read_bytes(self.folder / name) != data:
                 raise CorruptData(f"{self.folder / name} does not describe the {name.split('/')[0]} of {ARRAY_FILE}")
-        self._shard = lru_cache(_open_files() // 2)(partial(_open_shard, self.folder, self.layout, sizes, rows))
+        has_holes = rows < integers(parts, "slots")
+        self._reader = RowReader(self.folder, self.layout, sizes, rows, has_holes)
 
     def __reduce__(self) -> tuple[type["LatentStore"], tuple[Path, bool]]:
         return LatentStore, (self.folder, self.raw)
 
     def __len__(self) -> int:
-        return int(self._first_row[-1])
+        return len(self._reader)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -158,7 +149,7 @@ class LatentStore:
 
     @cached_property
     def _index(self) -> ValidRows:
-        return ValidRows(self.folder / INDEX_FILE, self.layout, self._first_row)
+        return ValidRows(self.folder / INDEX_FILE, self.layout, self._reader.first_row)
 
     def invalid_rows(self) -> list[dict[str, Any]]:
         """Samples without a latent, in slot order: slot, key, label, source_shard (its number), reason."""
@@ -185,40 +176,7 @@ class LatentStore:
 
     def rows(self, rows: npt.ArrayLike, views: npt.ArrayLike) -> Latents:
         """Raw latents [B, C, H, W] of `rows` [B] in the given `views` [B] (or one for all); float16 or float32."""
-        parts, places = self.places(np.asarray(rows, dtype=np.int64))
-        chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), parts.shape)
-        if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.views:
-            raise IndexError(f"a store of {self.views} view(s) was asked for views {chosen.min()} to {chosen.max()}")
-        arrays = self.layout.arrays
-        chunks = [self._buffers.take((parts.size, self.layout.chunk_bytes(array)), np.uint8) for array in arrays]
-        stored = [
-            chunk.view(array.dtype).reshape(-1, *self.layout.chunk_shape(array))
-            for chunk, array in zip(chunks, arrays, strict=True)
-        ]
-        decoded = self._buffers.take((parts.size, *self.shape), np.float32) if self.layout.is_decoded else None
-
-        def read(some: range) -> None:
-            for one in some:
-                for array, chunk in zip(arrays, chunks, strict=True):
-                    self._read(array, int(parts[one]), int(places[one]), int(chosen[one]), chunk[one])
-                if decoded is not None:
-                    self.layout.decode(tuple(each[one] for each in stored), decoded[one])
-
-        sliced(read, parts.size, sum(chunk.nbytes for chunk in chunks))
-        return stored[0] if decoded is None else decoded
-
-    def _read(self, array: StoredArray, part: int, place: int, view: int, out: npt.NDArray[np.uint8]) -> None:
-        """Fill `out` with the bytes that one of the arrays holds of a latent, decompressed."""
-        shard, compressor = self._shard(part, array), self.layout.compressor
-        if compressor == "none":
-            shard.read(place, view, out)
-            return
-        numbers = out.view(array.dtype)
-        numbers.fill(array.fill)  # nothing that a damaged chunk leaves out may look like numbers
-        try:
-            decompress(compressor, shard.chunk(place, view), numbers)
-        except ValueError as error:
-            raise CorruptData(f"row {place} of {shard.path} cannot be decompressed: {error}") from error
+        return self._reader.read(np.asarray(rows, dtype=np.int64), np.asarray(views, dtype=np.int64))
 
     def batches(
         self,
@@ -262,7 +220,7 @@ class LatentStore:
         """
         if law == "global":
             return GlobalShuffle(len(self))
-        return WindowedShuffle(np.diff(self._first_row), window_parts)
+        return WindowedShuffle(np.diff(self._reader.first_row), window_parts)
 
     def draw_views(self, rows: IntArray, seed: int, epoch: int) -> IntArray:
         """The view in which each row appears in an epoch, all stored ones equally likely. int64, shape of `rows`."""
@@ -278,7 +236,7 @@ class LatentStore:
             rows, views = upcoming
             upcoming = next(drawn, None)
             if upcoming is not None:
-                self._announce(*self.places(upcoming[0]), upcoming[1])
+                self._reader.announce(*upcoming)
             latents = self.rows(rows, views)
             yield {
                 "latent": latents if raw else self.stats.whiten(latents),
@@ -287,11 +245,6 @@ class LatentStore:
                 "view": views,
             }
 
-    def _announce(self, parts: IntArray, places: IntArray, views: IntArray) -> None:
-        for part, place, view in zip(parts.tolist(), places.tolist(), views.tolist(), strict=True):
-            for array in self.layout.arrays:
-                self._shard(part, array).announce(place, view)
-
     def slot_of(self, row: int) -> int:
         """The slot of a row."""
         (part,), (place,) = self.places(np.array([row]))
@@ -299,40 +252,7 @@ class LatentStore:
 
     def places(self, rows: IntArray) -> tuple[IntArray, IntArray]:
         """The part of each row, and its place among the part's samples."""
-        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} were asked of a store of {len(self)}")
-        parts = np.searchsorted(self._first_row, rows, side="right") - 1
-        places = rows - self._first_row[parts]
-        # Only parts with invalid rows need their shard's index for that.
-        for part in np.unique(parts[self._has_holes[parts]]).tolist():
-            here = parts == part
-            places[here] = self._shard(part, self.layout.arrays[0]).valid_rows[places[here]]
-        return parts, places
-
-
-def _open_shard(
-    folder: Path, layout: LatentLayout, sizes: dict[str, IntArray], rows: IntArray, part: int, array: StoredArray
-) -> Shard:
-    """A part's shard in one array, of the size and the number of rows that the store lists for it."""
-    check_size(folder / layout.shard_key(part, array.name), int(sizes[array.name][part]))
-    shard = open_shard(folder, layout, part, array)
-    if shard.valid_rows.size != rows[part]:
-        raise CorruptData(f"{shard.path} holds {shard.valid_rows.size} rows and is listed with {rows[part]}")
-    return shard
-
-
-def _open_files() -> int:
-    """How many files a process may have open: each shard holds one.
-
-    The usual limit of 1,024 is a courtesy to programs that call select(); as far as the system lets us it is raised.
-    """
-    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65_536 if most == resource.RLIM_INFINITY else min(most, 65_536)
-    if limit != resource.RLIM_INFINITY and limit < wanted:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-            limit = wanted
-    return 65_536 if limit == resource.RLIM_INFINITY else max(16, min(limit, 65_536))
+        return self._reader.places(rows)
 
 
 def _read_bytes(path: Path) -> bytes:

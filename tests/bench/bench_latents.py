@@ -21,12 +21,10 @@ from typing import Any
 
 import numpy as np
 from rounds import drop_cache, interleaved, table
+from stores import write_store
 
 from rae.stages.training.dataset import LatentDataset
 from rae.store.latents import LatentStore
-from rae.store.latents_finish import finish
-from rae.store.latents_writer import PartWriter
-from rae.store.layout import LatentLayout, plan_parts
 from rae.store.order import GlobalShuffle, batch_rows
 
 SHAPE, BATCH, PER_FILE = (768, 16, 16), 64, 512
@@ -59,21 +57,8 @@ def by_rows(open_rows: Callable[[], Callable[[np.ndarray], object]]) -> Callable
     return open_
 
 
-def write_ours(folder: Path, latents: np.ndarray) -> LatentStore:
-    layout = LatentLayout(1, *SHAPE, rows_per_part=1024)
-    parts = plan_parts([len(latents)], layout.rows_per_part)
-    for part in parts:
-        with PartWriter(folder, layout, part) as writer:
-            for row in range(part.count):
-                entry: Any = {"key": f"{row:06d}", "label": row % 10, "sha256": None, "width": 256, "height": 256}
-                writer.write(row, latents[part.first_sample + row][None], **entry)
-            writer.publish()
-    finish(folder, layout, parts, ["0" * 64])
-    return LatentStore(folder, raw=True)
-
-
 def ours(folder: Path, latents: np.ndarray) -> dict[str, Reader]:
-    write_ours(folder, latents)
+    write_store(folder, latents, rows_per_part=1024)
     files = sorted((folder / "latents" / "c").rglob("*"))
     files = [path for path in files if path.is_file()]
 

@@ -12,30 +12,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
 from rounds import table
+from stores import write_store
 
-from rae.store.latents_finish import finish
-from rae.store.latents_writer import PartWriter
-from rae.store.layout import LatentLayout, plan_parts
 from rae.store.stats import RunningStats
 
 SHAPE, PER_SHARD = (768, 16, 16), 512
 
 
 def ours(folder: Path, latents: np.ndarray) -> None:
-    layout = LatentLayout(1, *SHAPE, rows_per_part=PER_SHARD)
-    parts = plan_parts([len(latents)], PER_SHARD)
-    for part in parts:
-        with PartWriter(folder, layout, part) as writer:
-            for row in range(part.count):
-                entry: Any = {"key": f"{row:06d}", "label": row % 10, "sha256": None, "width": 256, "height": 256}
-                writer.write(row, latents[part.first_sample + row][None], **entry)
-            writer.publish()
-    finish(folder, layout, parts, ["0" * 64])
+    write_store(folder, latents, PER_SHARD)
 
 
 def zarr_python(folder: Path, latents: np.ndarray) -> None:
