@@ -1,6 +1,7 @@
 """Optimizer steps of the official DiT recipe (AdamW, schedule, clipping, EMA), as our trainer takes them."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,10 +12,20 @@ from parity.fixture import below, close, close_after_training, read
 from parity.schedule import schedule_from_official
 from rae.stages.models.dit import build_dit
 from rae.stages.models.transport import create_transport
-from rae.stages.train_dit import Batch
 from rae.stages.training.loop import Learner
 from rae.stages.training.ranks import Ranks
 from rae.stages.training.sections import TrainingSection
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Latents x [B, C, H, W], labels y [B], times t [B] and noise like x."""
+
+    x: Tensor
+    y: Tensor
+    t: Tensor
+    noise: Tensor
+    keys: tuple[str, ...] = ()
 
 
 def check_dit_training(path: Path) -> None:
@@ -41,7 +52,7 @@ def check_dit_training(path: Path) -> None:
     learner = Learner(model, loss, section, rows=rows, ranks=Ranks(), device=torch.device("cpu"))
     taken: dict[str, list[float]] = {"losses": [], "lrs": [], "grad_norms": []}
     for step, inputs in enumerate(zip(io["x"], io["y"], io["t"], io["noise"], strict=True)):
-        numbers = learner.step(Batch(*inputs, keys=()), step)
+        numbers = learner.step(Batch(*inputs), step)
         taken["losses"].append(numbers["loss"])
         taken["lrs"].append(learner.optimizer.param_groups[0]["lr"])
         taken["grad_norms"].append(float(numbers["grad_norm"]))

@@ -103,7 +103,7 @@ def test_a_shard_that_zarr_python_wrote_reads_the_same(tmp_path: Path, given) ->
 def test_more_shards_than_may_be_open(tmp_path: Path, given, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = given(samples=(1,) * 40, invalid=())
     latents.write(tmp_path)
-    monkeypatch.setattr("rae.store.latents._open_files", lambda: 16)
+    monkeypatch.setattr("rae.store.latents_rows._open_files", lambda: 16)
     store = LatentStore(tmp_path)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     rows = np.random.default_rng(0).permutation(40)
