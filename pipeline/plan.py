@@ -68,7 +68,7 @@ STAGES = {
         Stage("encode", "latents", version=2),
         Stage("train_decoder", "decoder", version=2),
         Stage("train_dit", "dit", version=2),
-        Stage("sample", "samples", version=1, implied=True),
+        Stage("sample", "samples", version=2, implied=True),
         Stage("evaluate", "scores", version=2),
     )
 }

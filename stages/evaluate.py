@@ -22,6 +22,7 @@ from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
 from rae.store.errors import CorruptData
 from rae.store.manifest import Artifact, Json, Manifest, canonical
+from rae.store.samples import read_batches
 from rae.store.shards import Source
 
 RECONSTRUCTIONS, BY_LATENT_NOISE = "reconstructions.npz", "latent_noise.npz"  # what the report shows
@@ -107,9 +108,10 @@ def _score_samples(
 
 
 def drawn_with(samples: Manifest) -> Json:
-    """The settings that samples were drawn with, and the id of the transformer that guided them, if one did."""
+    """The settings that samples were drawn with, the transformer's shift, and the id of what guided it, if it did."""
     guide = samples.inputs.get("guide")
-    return {**samples.config["sample"], **({"guide": guide["id"]} if guide else {})}
+    shift = {"time_dist_shift": samples.metrics["time_dist_shift"]}
+    return {**samples.config["sample"], **shift, **({"guide": guide["id"]} if guide else {})}
 
 
 def load_images(source: Source, size: int, job: Job, unit: str) -> tuple[np.ndarray, np.ndarray]:
@@ -131,10 +133,8 @@ def load_images(source: Source, size: int, job: Job, unit: str) -> tuple[np.ndar
 
 def load_samples(samples: Artifact) -> tuple[np.ndarray, np.ndarray]:
     """The images uint8 [N, S, S, 3] and labels [N] of a samples artifact, in index order."""
-    batches = [np.load(path, allow_pickle=False) for path in sorted(samples.payload.glob("images/batch-*.npz"))]
-    if not batches:
-        raise CorruptData(f"{samples.payload} holds no images")
-    return tuple(np.concatenate([batch[key] for batch in batches]) for key in ("images", "labels"))  # type: ignore[return-value]
+    batches = list(read_batches(samples.payload))
+    return np.concatenate([batch.images for batch in batches]), np.concatenate([batch.labels for batch in batches])
 
 
 def _score_reconstructions(

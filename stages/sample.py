@@ -5,19 +5,17 @@ last one too, is run at full size, so that kernels round alike. The adaptive sam
 """
 
 import hashlib
-import io
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rae.stages.job import NOTHING, Job, Result
-from rae.stages.models.pixels import to_uint8
+from rae.stages.models.pixels import rounded_up, to_uint8
 from rae.stages.models.samplers import Progress, sample_ode
 from rae.stages.models.sde import sample_sde
 from rae.stages.models.trained import Decoder, Dit, check_compatible, check_guide
@@ -25,7 +23,7 @@ from rae.stages.sections import SampleSection
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
 from rae.store.errors import ConfigError, CorruptData
-from rae.store.publish import replace_bytes
+from rae.store.samples import SampleBatch, batch_path, read_batch, write_batch
 
 
 def run(section: SampleSection, dit: Path, decoder: Path, guide: Path | None, job: Job) -> Result:
@@ -44,7 +42,7 @@ def run(section: SampleSection, dit: Path, decoder: Path, guide: Path | None, jo
     recorded = labels if model.num_classes else np.full_like(labels, -1)
     ranks = Ranks.from_environment()
     starts = range(0, len(labels), section.batch_size)
-    paths = [job.folder / f"images/batch-{number:06d}.npz" for number in range(len(starts))]
+    paths = [batch_path(job.folder, number) for number in range(len(starts))]
     paths[0].parent.mkdir(exist_ok=True)
     began = time.monotonic()
     for path, first in list(zip(paths, starts, strict=True))[ranks.rank :: ranks.world_size]:
@@ -55,14 +53,18 @@ def run(section: SampleSection, dit: Path, decoder: Path, guide: Path | None, jo
                 job.progress(first + count * done // total, len(labels), "images")
 
             images = draw(model, decode, labels[indices], indices, section, weaker, progress)
-            _save(path, images, recorded[indices])
+            write_batch(path, SampleBatch(to_uint8(images), recorded[indices], rounded_up(images)))
         job.progress(int(indices[-1]) + 1, len(labels), "images")
         job.check_stop()
     ranks.barrier()
     if not ranks.is_main:
         return NOTHING
     seconds = time.monotonic() - began
-    metrics = {"images": len(labels), "images_per_second": round(len(labels) / max(seconds, 1e-9), 3)}
+    metrics = {
+        "images": len(labels),
+        "images_per_second": round(len(labels) / max(seconds, 1e-9), 3),
+        "time_dist_shift": model.about.transport["time_dist_shift"],  # scores carry it in their protocol
+    }
     return Result(_digest(paths), metrics, tuple(paths))
 
 
@@ -85,7 +87,8 @@ def draw_all(
     indices = np.arange(len(labels))
     starts = range(0, len(labels), section.batch_size)
     batches = [slice(first, first + section.batch_size) for first in starts]
-    return np.concatenate([draw(dit, decoder, labels[batch], indices[batch], section, guide) for batch in batches])
+    drawn = (draw(dit, decoder, labels[batch], indices[batch], section, guide) for batch in batches)
+    return np.concatenate([to_uint8(images) for images in drawn])
 
 
 @torch.inference_mode()
@@ -97,21 +100,21 @@ def draw(
     section: SampleSection,
     guide: Dit | None = None,
     progress: Progress | None = None,
-) -> np.ndarray:
-    """Images uint8 [B, S, S, 3] for labels [B] at the indices [B], computed in a batch of the full size."""
+) -> Tensor:
+    """Images [B, 3, S, S] in [0, 1] for labels [B] at the indices [B], computed in a batch of the full size."""
     rows = np.arange(section.batch_size).clip(max=len(indices) - 1)  # the last image fills the batch
     drawn = np.arange(len(indices)) if section.sampler == "adaptive" else rows
     device = dit.mean.device
     with torch.autocast(device.type, torch.bfloat16, enabled=section.precision == "bf16"):
         latents = _latents(dit, labels[drawn], indices[drawn], section, guide, progress)
-        images = decoder(dit.raw(latents[rows].float()))
+        images: Tensor = decoder(dit.raw(latents[rows].float()))
     finite = images.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
         raise CorruptData(
             f"image {indices[rows[int(finite.int().argmin())]]} is not finite: the transformer's or the decoder's"
             " weights are damaged, or sampling diverges with these settings"
         )
-    return to_uint8(images)[: len(indices)]
+    return images[: len(indices)]
 
 
 def _latents(
@@ -151,28 +154,21 @@ def _take_over(path: Path, labels: np.ndarray, job: Job) -> bool:
     """Copy a batch that an earlier attempt at this recipe finished into this attempt; False if there is none."""
     for attempt in job.earlier:
         try:
-            with np.load(attempt / path.relative_to(job.folder), allow_pickle=False) as batch:
-                images, found = batch["images"], batch["labels"]
-        except (OSError, ValueError, KeyError, BadZipFile):
+            batch = read_batch(attempt / path.relative_to(job.folder))
+        except CorruptData:
             continue
-        if np.array_equal(found, labels):
-            _save(path, images, labels)
+        if np.array_equal(batch.labels, labels):
+            write_batch(path, batch)
             return True
     return False
 
 
 def _digest(paths: list[Path]) -> str:
-    """sha256 over images and labels in index order, whatever the batches."""
-    images, labels = hashlib.sha256(), hashlib.sha256()
+    """sha256 over images, labels and how images were rounded, in index order, whatever the batches."""
+    images, labels, bits = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for path in paths:
-        with np.load(path, allow_pickle=False) as batch:
-            images.update(batch["images"].tobytes())
-            labels.update(batch["labels"].astype("<i8").tobytes())
-    return hashlib.sha256(images.digest() + labels.digest()).hexdigest()
-
-
-def _save(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Whole or not at all: a batch cut short by a crash must not pass for one."""
-    buffer = io.BytesIO()
-    np.savez(buffer, images=images, labels=labels)
-    replace_bytes(path, buffer.getvalue())
+        batch = read_batch(path)
+        images.update(batch.images.tobytes())
+        labels.update(batch.labels.astype("<i8").tobytes())
+        bits.update(batch.rounded_up.tobytes())
+    return hashlib.sha256(images.digest() + labels.digest() + bits.digest()).hexdigest()

@@ -28,3 +28,10 @@ def as_unit(images: Tensor | np.ndarray) -> Tensor:
 def to_uint8(images: Tensor) -> np.ndarray:
     """Float [B, 3, H, W] in [0, 1] -> uint8 [B, H, W, 3], rounded: truncation would darken by half a level."""
     return images.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def rounded_up(images: Tensor) -> np.ndarray:
+    """Which values `to_uint8` raised: a bit each, packed by image, uint8 [B, ceil(H * W * 3 / 8)]."""
+    scaled = images.float().mul(255)
+    bits = (scaled.round() > scaled).permute(0, 2, 3, 1).flatten(1)
+    return np.packbits(bits.cpu().numpy(), axis=1)

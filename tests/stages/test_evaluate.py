@@ -40,12 +40,13 @@ def test_a_set_without_a_usable_image_is_refused(tmp_path: Path) -> None:
         load_images(open_source(tmp_path / "val-*.tar"), 16, Job(tmp_path), "held-out images")
 
 
-def test_the_protocol_of_samples_names_their_guide() -> None:
+def test_the_protocol_of_samples_names_their_guide_and_the_shift_of_their_times() -> None:
     dit, guide = ({"kind": "dit", "id": digit * 16, "content": ""} for digit in "12")
-    plain = Manifest("samples", "x", {}, "", {"dit": dit}, {"sample": {"guidance_scale": 1.5}}, [], {})
-    assert drawn_with(plain) == {"guidance_scale": 1.5}
+    settings, metrics = {"sample": {"guidance_scale": 1.5}}, {"images": 4, "time_dist_shift": 6.93}
+    plain = Manifest("samples", "x", {}, "", {"dit": dit}, settings, [], metrics)
+    assert drawn_with(plain) == {"guidance_scale": 1.5, "time_dist_shift": 6.93}
     guided = dataclasses.replace(plain, inputs={"dit": dit, "guide": guide})
-    assert drawn_with(guided) == {"guidance_scale": 1.5, "guide": guide["id"]}
+    assert drawn_with(guided) == {"guidance_scale": 1.5, "time_dist_shift": 6.93, "guide": guide["id"]}
 
 
 LEVELS = [0.5, 0, 1, 2]

@@ -187,7 +187,8 @@ def test_a_run_is_guided_by_the_artifact_that_it_is_given(models: tuple[Dit, Dec
     save_decoder(tmp_path / "decoder", decoder.model.config, ENCODER, None, decoder.model.state_dict())
     section = SampleSection(num_images=6, num_steps=5, batch_size=6, guidance_scale=2.0)
     (tmp_path / "samples").mkdir()
-    run(section, tmp_path / "dit", tmp_path / "decoder", tmp_path / "guide", Job(tmp_path / "samples"))
+    result = run(section, tmp_path / "dit", tmp_path / "decoder", tmp_path / "guide", Job(tmp_path / "samples"))
+    assert result.metrics["time_dist_shift"] == 1.0
     images, labels = load_samples(Artifact(tmp_path / "samples", NO_MANIFEST))
     np.testing.assert_array_equal(images, draw_all(dit, decoder, labels, section, guide))
     with pytest.raises(StaleInput, match="latent_stats"):

@@ -197,10 +197,16 @@ def to_uint8(images: Float[Tensor, "B 3 H W"]) -> UInt8[np.ndarray, "B H W 3"]:
     return pixels.to_uint8(images)
 
 
+@checked
+def rounded_up(images: Float[Tensor, "B 3 H W"]) -> UInt8[np.ndarray, "B packed"]:
+    return pixels.rounded_up(images)
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 def test_pixels(batch: int) -> None:
     images = to_uint8(draw(batch, 3, 5, 7))
     to_uint8(to_unit(images).bfloat16())
+    assert rounded_up(draw(batch, 3, 5, 7)).shape == (batch, 14)
 
 
 # ---- the checks can fail --------------------------------------------------------------------------------------------
