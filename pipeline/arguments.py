@@ -20,6 +20,14 @@ Set = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout, everything else on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would run and why; run nothing.")]
+TryOut = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Build everything, take two steps with every loss, say what training takes in memory and time; write"
+        " nothing.",
+    ),
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Drop unfinished work of this name with other settings.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto.")]
 DEFAULT_WORKSPACE = "rae-workspace"

@@ -19,6 +19,7 @@ from rae.pipeline.arguments import (
     Ref,
     Restart,
     Set,
+    TryOut,
     WorkspaceOption,
     options_for,
     prepare,
@@ -82,8 +83,8 @@ def run_command(
         options.console.print_json([outcome.to_json() for outcome in outcomes])
 
 
-def _stage_command(name: str, summary: str) -> None:
-    """The other stages' verbs take the same options and do the same: run that stage."""
+def _trainer_command(name: str, summary: str) -> None:
+    """Both trainers' verbs take the same options."""
 
     def command(
         config: Config,
@@ -91,12 +92,17 @@ def _stage_command(name: str, summary: str) -> None:
         overrides: Set = None,
         as_json: AsJson = False,
         quiet: Quiet = False,
-        dry_run: DryRun = False,
+        dry_run: TryOut = False,
         restart: Restart = False,
         device: Device = "auto",
     ) -> None:
+        from rae.pipeline.dry_run import show_dry_run
+
         pipeline, options = prepare(config, workspace, overrides, as_json, quiet, restart, device)
-        _run_verb(name, pipeline, options, dry_run)
+        if dry_run:
+            show_dry_run(pipeline, name, options)
+        else:
+            _run_verb(name, pipeline, options)
 
     app.command(name.replace("_", "-"), help=summary)(command)
 
@@ -134,8 +140,8 @@ def encode_command(
             options.console.print_json({"kind": "latents", "parts": others.total, "missing_parts": others.remaining})
 
 
-_stage_command("train_decoder", "Train the ViT decoder that turns tokens back into pixels.")
-_stage_command("train_dit", "Train the diffusion transformer on the stored latents.")
+_trainer_command("train_decoder", "Train the ViT decoder that turns tokens back into pixels.")
+_trainer_command("train_dit", "Train the diffusion transformer on the stored latents.")
 
 
 @app.command("sample")
@@ -158,7 +164,20 @@ def sample_command(
     _run_verb("sample", pipeline, options, dry_run)
 
 
-_stage_command("evaluate", "Score reconstructions and samples; draws the samples if they are missing.")
+@app.command("evaluate")
+def evaluate_command(
+    config: Config,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    overrides: Set = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    device: Device = "auto",
+) -> None:
+    """Score reconstructions and samples; draws the samples if they are missing."""
+    pipeline, options = prepare(config, workspace, overrides, as_json, quiet, restart, device)
+    _run_verb("evaluate", pipeline, options, dry_run)
 
 
 @app.command("plan")
@@ -211,7 +230,7 @@ def report_command(
         options.console.print_json({"path": str(path)})
 
 
-def _run_verb(name: str, pipeline: "Pipeline", options: "Options", dry_run: bool) -> None:
+def _run_verb(name: str, pipeline: "Pipeline", options: "Options", dry_run: bool = False) -> None:
     from rae.pipeline import runner
 
     if dry_run:

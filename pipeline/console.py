@@ -53,7 +53,7 @@ class Console:
 
     def done(self, verb: str, artifact: Artifact) -> None:
         metrics = artifact.manifest.metrics
-        parts = [f"{key} {_number(metrics[key])}" for key in _HEADLINES if key in metrics]
+        parts = [f"{key} {number(metrics[key])}" for key in _HEADLINES if key in metrics]
         seconds = duration(metrics["seconds"])
         self.say(f"{verb}: done in {seconds}, {artifact.kind}/{artifact.id}" + "".join(f"  {part}" for part in parts))
 
@@ -98,7 +98,7 @@ class _Lines:
         self._last = now
         rate = (done - self._first) / (now - self._began)
         left = f", {duration((total - done) / rate)} left" if rate > 0 else ""
-        shown = "".join(f"  {key} {_number(value)}" for key, value in numbers.items())
+        shown = "".join(f"  {key} {number(value)}" for key, value in numbers.items())
         self._say(f"{self._verb}: {done}/{total} {unit}{shown}{left}")
 
 
@@ -114,13 +114,13 @@ def _bar(verb: str, stream: Any) -> Iterator[Progress]:
         task = bars.add_task(verb, total=None, unit="", numbers="")
 
         def progress(done: int, total: int, unit: str, **numbers: float) -> None:
-            shown = "  ".join(f"{key} {_number(value)}" for key, value in numbers.items())
+            shown = "  ".join(f"{key} {number(value)}" for key, value in numbers.items())
             bars.update(task, completed=done, total=total, unit=unit, numbers=shown)
 
         yield progress
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value}"
 
 

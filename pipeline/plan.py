@@ -80,7 +80,7 @@ class Task:
 
     `unit(device, number)`, of a stage whose work can be spread over processes, does a unit of it; it can be pickled.
     `milestones` are steps of a training to be published while it goes on. `name` is what the artifact is to be called
-    where that is not the configuration's.
+    where that is not the configuration's. `dry_run(device)`, of a training, tries it out and writes nothing.
     """
 
     stage: Stage
@@ -90,6 +90,7 @@ class Task:
     unit: Callable[[str, int], None] | None = None
     milestones: frozenset[int] = frozenset()
     name: str | None = None
+    dry_run: Callable[[str], Json] | None = None
 
 
 class Pipeline:

@@ -13,7 +13,7 @@ from rae.pipeline import longer_runs
 from rae.pipeline.config import PipelineConfig
 from rae.pipeline.plan import STAGES, Pipeline, Task
 from rae.stages import shards
-from rae.stages.job import Job, Result
+from rae.stages.job import Beginning, Job, Result
 from rae.stages.models.weights import (
     PACKAGED_ARCHITECTURE,
     PACKAGED_ENCODER,
@@ -31,6 +31,7 @@ from rae.store.manifest import Artifact, Json, canonical, differing_fields, reci
 
 if TYPE_CHECKING:
     from rae.stages.encode import Encoding
+    from rae.stages.train_decoder import Given
 
 
 def _recipe(stage: str, config: Json, inputs: dict[str, Artifact] | None = None, **digests: Any) -> Json:
@@ -116,16 +117,26 @@ def _train_decoder(pipeline: Pipeline) -> Task:
     recipe = _recipe("train_decoder", config, inputs | begins, weights=weights, **read)
     longer_runs.check_continues(recipe, begins)
 
-    def run(job: Job) -> Result:
+    def given() -> "tuple[Given, Beginning]":
         from rae.stages import train_decoder
 
         encode = pipeline.section("encode", EncodeSection) if section.needs_encoder else None
         encoder_source = pipeline.encoder_source if section.needs_encoder else None
-        given = train_decoder.Given(encode, encoder_source, pipeline.train, inputs.get("latents"))
-        return train_decoder.run(section, given, longer_runs.beginning_of(begins), job)
+        from_what = train_decoder.Given(encode, encoder_source, pipeline.train, inputs.get("latents"))
+        return from_what, longer_runs.beginning_of(begins)
 
-    steps = longer_runs.milestones(pipeline, "train_decoder")
-    return Task(STAGES["train_decoder"], recipe, pipeline.shards | inputs | begins, run, milestones=steps)
+    def run(job: Job) -> Result:
+        from rae.stages import train_decoder
+
+        return train_decoder.run(section, *given(), job)
+
+    def dry_run(device: str) -> Json:
+        from rae.stages import train_decoder
+
+        return train_decoder.prepare(section, *given(), device).dry_run()
+
+    lineage, steps = pipeline.shards | inputs | begins, longer_runs.milestones(pipeline, "train_decoder")
+    return Task(STAGES["train_decoder"], recipe, lineage, run, milestones=steps, dry_run=dry_run)
 
 
 def _train_dit(pipeline: Pipeline) -> Task:
@@ -140,7 +151,13 @@ def _train_dit(pipeline: Pipeline) -> Task:
 
         return train_dit.run(section, inputs["latents"], longer_runs.beginning_of(begins), job)
 
-    return Task(STAGES["train_dit"], recipe, inputs, run, milestones=longer_runs.milestones(pipeline, "train_dit"))
+    def dry_run(device: str) -> Json:
+        from rae.stages import train_dit
+
+        return train_dit.prepare(section, inputs["latents"], longer_runs.beginning_of(begins), device).dry_run()
+
+    steps = longer_runs.milestones(pipeline, "train_dit")
+    return Task(STAGES["train_dit"], recipe, inputs, run, milestones=steps, dry_run=dry_run)
 
 
 def _sample(pipeline: Pipeline) -> Task:

@@ -23,8 +23,9 @@ from rae.stages.models.weights import EncoderSource, locate_dino
 from rae.stages.sections import EncodeSection
 from rae.stages.training.adversarial import AdversarialLearner, augment_draws
 from rae.stages.training.beginning import begin_decoder
+from rae.stages.training.dry_run import Training
 from rae.stages.training.feeds import Feed, OnlineFeed, StoredFeed
-from rae.stages.training.loop import Learner, Trainee, train
+from rae.stages.training.loop import Learner, Trainee
 from rae.stages.training.optimizer import steps_per_epoch
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
@@ -84,8 +85,13 @@ class Given:
 
 def run(section: TrainDecoderSection, given: Given, beginning: Beginning, job: Job) -> Result:
     """Train the decoder of `section` for the tokens that are `given`; returns its payload and the last losses."""
+    return prepare(section, given, beginning, job.device).run(job, beginning.checkpoint)
+
+
+def prepare(section: TrainDecoderSection, given: Given, beginning: Beginning, kind: str) -> Training[Batch]:
+    """Build what is trained, on a kind of device, and what trains it."""
     ranks = Ranks.from_environment()
-    device = ranks.device(job.device)
+    device = ranks.device(kind)
     encoder = given.load_encoder(str(device))
     feed, info, image_size = open_feed(section, given, encoder)
     config = describe_decoder(section, image_size, info)
@@ -97,7 +103,8 @@ def run(section: TrainDecoderSection, given: Given, beginning: Beginning, job: J
     if beginning.init_from is not None:
         begin_decoder(decoder, beginning.init_from, section.init_weights)
     place: dict[str, Any] = {"rows": len(feed), "ranks": ranks}
-    reconstruction = reconstruction_of(section, perceptual, steps_per_epoch(section, len(feed)))
+    per_epoch = steps_per_epoch(section, len(feed))
+    reconstruction = reconstruction_of(section, perceptual, per_epoch)
     discriminator = build_discriminator(section, encoder)
     learner = build_learner(
         decoder, discriminator, tokens_of(section, encoder), reconstruction, section, device=device, **place
@@ -113,7 +120,9 @@ def run(section: TrainDecoderSection, given: Given, beginning: Beginning, job: J
         "adversarial_loss": discriminator.description if discriminator is not None else "none",
     }
     payload = replace(decoder_payload(config, info.to_json()), metrics=described)
-    return train(learner, batch, section, payload, job=job, continued=beginning.checkpoint, **place)
+    networks = [network for network in (encoder, perceptual, discriminator) if network is not None]
+    every_loss = max(section.start_step(part, per_epoch) for part in ("perceptual", "disc", "gan"))
+    return Training(learner, batch, section, payload, networks=networks, every_loss=every_loss, **place)
 
 
 def open_feed(section: TrainDecoderSection, given: Given, encoder: Encoder | None) -> tuple[Feed, EncoderInfo, int]:

@@ -13,7 +13,8 @@ from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.trained import DitDescription, dit_payload, read_encoder
 from rae.stages.models.transport import Transport, auto_shift
 from rae.stages.training.beginning import begin_dit
-from rae.stages.training.loop import Learner, train
+from rae.stages.training.dry_run import Training
+from rae.stages.training.loop import Learner
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
 from rae.stages.training.sections import TrainDitSection
@@ -44,6 +45,11 @@ class Batch:
 
 def run(section: TrainDitSection, latents: Artifact, beginning: Beginning, job: Job) -> Result:
     """Train the transformer that `section` describes; returns its payload and the last losses."""
+    return prepare(section, latents, beginning, job.device).run(job, beginning.checkpoint)
+
+
+def prepare(section: TrainDitSection, latents: Artifact, beginning: Beginning, kind: str) -> Training[Batch]:
+    """Build what is trained, on a kind of device, and what trains it."""
     store = LatentStore(latents.payload)
     section.check_views(store.layout.view_kind)
     num_classes = count_classes(section, store)
@@ -55,7 +61,7 @@ def run(section: TrainDitSection, latents: Artifact, beginning: Beginning, job: 
         classes=(read_classes(latents.payload / "classes.json") or ())[:num_classes] or None,
     )
     ranks = Ranks.from_environment()
-    device = ranks.device(job.device)
+    device = ranks.device(kind)
     torch.manual_seed(section.seed)  # initial weights
     transport, whitening = about.create_transport(), Whitening(store.stats, device)
 
@@ -75,8 +81,7 @@ def run(section: TrainDitSection, latents: Artifact, beginning: Beginning, job: 
         begin_dit(dit, beginning.init_from, section.init_weights)
     learner = Learner(dit, loss, section, rows=len(store), ranks=ranks, device=device)
     stats = torch.from_numpy(store.stats.mean).float(), torch.from_numpy(store.stats.variance).float()
-    places: dict[str, Any] = {"rows": len(store), "job": job, "ranks": ranks, "continued": beginning.checkpoint}
-    return train(learner, batch, section, dit_payload(about, stats), **places)
+    return Training(learner, batch, section, dit_payload(about, stats), len(store), ranks)
 
 
 def count_classes(section: TrainDitSection, store: LatentStore) -> int:
