@@ -46,3 +46,25 @@ def diffusers_command(
     made = export_diffusers(ref, out, encoder, stats, Workspace(workspace), console)
     if as_json:
         console.print_json(made)
+
+
+@export_app.command("adm-npz")
+def adm_npz_command(
+    ref: Ref,
+    out: Annotated[Path, typer.Argument(help="The file to write: FILE.npz.")],
+    adm_truncate: Annotated[
+        bool,
+        typer.Option("--adm-truncate", help="floor(255 x), as published numbers were taken, for the nearest level."),
+    ] = False,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write samples as ADM's evaluator reads them: uint8 images and their labels in one .npz."""
+    from rae.pipeline.interchange.export_adm_npz import export_adm_npz
+    from rae.store.artifacts import Workspace
+
+    console = options_for(as_json, quiet).console
+    made = export_adm_npz(ref, out, adm_truncate, Workspace(workspace), console)
+    if as_json:
+        console.print_json(made)
