@@ -25,6 +25,7 @@ from rae.pipeline.arguments import (
     prepare,
     show_outcome,
 )
+from rae.pipeline.cli_compare import compare_command
 from rae.pipeline.cli_config import config_app
 from rae.pipeline.cli_export import export_app
 from rae.pipeline.cli_import import import_app
@@ -214,6 +215,7 @@ def inspect_command(ref: Ref, workspace: WorkspaceOption = DEFAULT_WORKSPACE, as
 
 
 app.command("verify")(verify_command)
+app.command("compare")(compare_command)
 
 
 @app.command("report")

@@ -150,25 +150,26 @@ def matched_by_baselines(scores: Scores) -> list[str]:
 
 def protocol_card(protocol: Json) -> list[tuple[str, str]]:
     """What the scores were measured with, as (dotted name, text), nested settings after plain ones."""
-    return list(_flat(protocol, ""))
+    return [(name, protocol_value(value)) for name, value in protocol_fields(protocol)]
 
 
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for key, value in sorted(values.items(), key=lambda item: isinstance(item[1], dict)):
-        name = f"{prefix}{key}"
-        if key == "labels" and isinstance(value, dict):
-            yield name, _balance(value)
-        elif isinstance(value, dict):
-            yield from _flat(value, f"{name}.")
+def protocol_fields(protocol: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a protocol by dotted name, nested ones after plain ones; the balance of labels is one field."""
+    for key, value in sorted(protocol.items(), key=lambda item: isinstance(item[1], dict)):
+        if isinstance(value, dict) and key != "labels":
+            yield from protocol_fields(value, f"{prefix}{key}.")
         else:
-            yield name, _text(value)
+            yield f"{prefix}{key}", value
 
 
-def _text(value: Any) -> str:
+def protocol_value(value: Any) -> str:
+    """A value of a protocol as a person reads it; a dictionary is a balance of labels."""
+    if isinstance(value, dict):
+        return _balance(value)
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return (
-        ", ".join(map(_text, value))
+        ", ".join(map(protocol_value, value))
         if isinstance(value, list)
         else f"{value:,}"
         if isinstance(value, int)
