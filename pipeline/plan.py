@@ -66,10 +66,10 @@ STAGES = {
     for stage in (
         Stage("shards", "shards", version=1, implied=True),
         Stage("encode", "latents", version=2),
-        Stage("train_decoder", "decoder", version=2),
-        Stage("train_dit", "dit", version=2),
-        Stage("sample", "samples", version=2, implied=True),
-        Stage("evaluate", "scores", version=2),
+        Stage("train_decoder", "decoder", version=3),
+        Stage("train_dit", "dit", version=3),
+        Stage("sample", "samples", version=3, implied=True),
+        Stage("evaluate", "scores", version=3),
     )
 }
 

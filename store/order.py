@@ -26,10 +26,9 @@ UIntArray = npt.NDArray[np.uint64]
 _ROUNDS = 16  # from 12 on, all permutations of up to 6 rows are equally likely within a chi-square test's noise
 _BLOCK = 1 << 14  # places that are computed together: single batches would cost numpy's overhead each
 
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
 
 
 def _key(seed: int, purpose: str, epoch: int) -> int:
@@ -38,23 +37,20 @@ def _key(seed: int, purpose: str, epoch: int) -> int:
 
 def _splitmix64(key: int, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
     """Output number `row` of SplitMix64 started at `key`, for each row; arithmetic modulo 2^64."""
-    z = (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN) + np.uint64(key)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX_1)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX_2)
+    z = (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN) + np.uint64(key)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(MIX_1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(MIX_2)
     return z ^ (z >> np.uint64(31))
 
 
-def row_seed(seed: int, purpose: str, epoch: int, row: int) -> int:
-    """A seed in [0, 2^64) of a row's own generator, such as `torch.Generator().manual_seed`."""
-    z = ((row + 1) * _GOLDEN + _key(seed, purpose, epoch)) & _MASK
-    z = ((z ^ (z >> 30)) * _MIX_1) & _MASK
-    z = ((z ^ (z >> 27)) * _MIX_2) & _MASK
-    return z ^ (z >> 31)
+def row_seeds(seed: int, purpose: str, epoch: int, rows: npt.NDArray[np.integer]) -> UIntArray:
+    """A seed in [0, 2^64) for each row: where its own generator begins."""
+    return _splitmix64(_key(seed, purpose, epoch), np.asarray(rows))
 
 
 def draw(seed: int, purpose: str, epoch: int, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
-    """Uniform numbers in [0, 1), one per row: the upper 53 bits of each `row_seed`, times 2^-53."""
-    bits = _splitmix64(_key(seed, purpose, epoch), np.asarray(rows))
+    """Uniform numbers in [0, 1), one per row: the upper 53 bits of each of `row_seeds`, times 2^-53."""
+    bits = row_seeds(seed, purpose, epoch, rows)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

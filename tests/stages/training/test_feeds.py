@@ -337,4 +337,4 @@ def test_two_ranks_are_one_process(rae_with: Callable[..., Rae]) -> None:
     alone, together = (rae.artifact("decoder/tiny") for rae in (one, two))
     assert together["id"] == alone["id"]
     for part in ("loss", "l1", "perceptual", "gen_loss", "disc_loss"):
-        assert together["metrics"][part] == pytest.approx(alone["metrics"][part], rel=1e-4), part
+        assert together["metrics"][part] == pytest.approx(alone["metrics"][part], rel=1e-4, abs=1e-5), part

@@ -1,9 +1,11 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
 from rae.stages.training.randomness import normal, uniform
+from rae.store.order import _splitmix64, row_seeds
 
 
 def test_a_rows_noise_does_not_depend_on_its_batch():
@@ -18,6 +20,32 @@ def test_every_part_of_the_address_changes_the_draw():
     first = normal((8,), 0, "noise", 0, [0])
     for other in [(1, "noise", 0, [0]), (0, "time", 0, [0]), (0, "noise", 1, [0]), (0, "noise", 0, [1])]:
         assert not torch.equal(normal((8,), *other), first)
+
+
+def test_normal_numbers_are_box_and_mullers_of_splitmix64():
+    (start,) = row_seeds(7, "noise", 2, np.array([9])).tolist()
+    bits = _splitmix64(start, np.arange(8))
+    radius = np.sqrt(-2 * np.log(((bits >> np.uint64(32)) + np.uint64(1)) * 2.0**-32))
+    angle = 2 * np.pi * (bits & np.uint64(0xFFFFFFFF)) * 2.0**-32
+    expected = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+    np.testing.assert_allclose(normal((15,), 7, "noise", 2, [9])[0], expected[:15], atol=1e-5)
+
+
+def test_rows_whose_seeds_share_their_lower_half_share_no_noise():
+    """A generator that takes 32 bits of a seed would repeat itself among as many images as an FID is taken of."""
+    lower = row_seeds(0, "sample", 0, np.arange(200_000)) & np.uint64(0xFFFFFFFF)
+    order = np.argsort(lower)
+    alike = np.flatnonzero(np.diff(lower[order]) == 0)
+    assert len(alike)
+    for place in alike:
+        first, second = normal((64,), 0, "sample", 0, order[place : place + 2])
+        assert abs(np.corrcoef(first, second)[0, 1]) < 0.6
+
+
+@pytest.mark.gpu
+def test_a_gpu_draws_the_same_numbers():
+    places = ((768, 16, 16), 3, "noise", 1, range(70))
+    torch.testing.assert_close(normal(*places, "cuda").cpu(), normal(*places), atol=1e-5, rtol=0)
 
 
 def test_pytorchs_global_generator_is_left_alone():
