@@ -43,6 +43,7 @@ def test_rows_whose_seeds_share_their_lower_half_share_no_noise():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_draws_the_same_numbers():
     places = ((768, 16, 16), 3, "noise", 1, range(70))
     torch.testing.assert_close(normal(*places, "cuda").cpu(), normal(*places), atol=1e-5, rtol=0)
