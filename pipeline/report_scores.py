@@ -79,6 +79,21 @@ METRICS = (
         " picture per class, repeated, reaches nearly 0.",
     ),
     Metric(
+        "density",
+        True,
+        ".3f",
+        "how many real balls of the same kind hold a picture of the row, divided by {nearest_k}: real pictures reach"
+        " about 1, and one picture per class, amid its class, can reach far more. Like precision, but one odd held-out"
+        " image cannot make everything look real.",
+    ),
+    Metric(
+        "coverage",
+        True,
+        ".3f",
+        "share of the held-out images whose ball holds some picture of the row. Like recall, but pictures far from"
+        " everything cannot make up for those that are missing.",
+    ),
+    Metric(
         "frechet_distance",
         False,
         ".4g",

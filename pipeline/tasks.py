@@ -14,15 +14,8 @@ from rae.pipeline.config import PipelineConfig
 from rae.pipeline.plan import STAGES, Pipeline, Task
 from rae.stages import shards
 from rae.stages.job import Beginning, Job, Result
-from rae.stages.models.weights import (
-    PACKAGED_ARCHITECTURE,
-    PACKAGED_ENCODER,
-    EncoderFiles,
-    digest_file,
-    locate_dino,
-    locate_lpips,
-    locate_timm,
-)
+from rae.stages.models.weights import digest_file, locate_dino, locate_lpips
+from rae.stages.scoring.extractor_files import ExtractorFiles, locate_extractor
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, ShardsSection
 from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
 from rae.store.artifacts import Workspace
@@ -208,11 +201,9 @@ def evaluation_lpips(section: EvaluateSection) -> Path:
     return locate_lpips(section.lpips_weights, "evaluate.perceptual_distance")
 
 
-def extractor_files(section: EvaluateSection) -> EncoderFiles:
-    """The extractor's weights: those of a given file, or those that its package carries."""
-    if section.extractor == PACKAGED_ENCODER and section.extractor_weights is not None:
-        return locate_timm(f"timm:{PACKAGED_ARCHITECTURE}", section.extractor_weights)
-    return locate_timm(section.extractor)
+def extractor_files(section: EvaluateSection) -> ExtractorFiles:
+    """The extractor's weights: those of a given file or folder, or those that a package or a cache holds."""
+    return locate_extractor(section.extractor, section.extractor_weights, section.extractor_sha256)
 
 
 TASKS: dict[str, Callable[[Pipeline], Task]] = {

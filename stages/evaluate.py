@@ -14,7 +14,7 @@ from rae.stages.models.perceptual import EncoderDistance, LpipsDistance, build_p
 from rae.stages.models.pixels import to_uint8, to_unit
 from rae.stages.models.trained import Autoencoder, Decoder, check_compatible
 from rae.stages.models.weights import EncoderSource
-from rae.stages.scoring.extractors import load_extractor
+from rae.stages.scoring.load_extractor import load_extractor
 from rae.stages.scoring.reconstruction import ReconstructionScores
 from rae.stages.scoring.scores import score_generation
 from rae.stages.sections import EvaluateSection
@@ -91,7 +91,13 @@ def _score_samples(
     job: Job,
 ) -> tuple[dict[str, dict[str, float]], Json]:
     """Rows of scores, samples and baselines, and the protocol that they were taken under."""
-    extractor = load_extractor(section.extractor, section.extractor_weights, section.extractor_input_size, job.device)
+    extractor = load_extractor(
+        section.extractor,
+        section.extractor_weights,
+        section.extractor_input_size,
+        job.device,
+        section.extractor_sha256,
+    )
     train_images, train_labels = load_images(train, val_images.shape[1], job, "training images")
     generated, labels = load_samples(samples)
     rows = score_generation(generated, labels, train_images, train_labels, val_images, val_labels, extractor, section)

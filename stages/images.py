@@ -71,6 +71,15 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadImage(f"truncated or damaged {sniff(data) or 'image'}: {error}") from error
 
 
+def mode_of(data: bytes) -> str:
+    """How Pillow holds an image file's pixels (`RGB`, `L`, `RGBA`, `P`), by its header; raises `BadImage`."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_formats()) as image:
+            return image.mode
+    except Exception as error:  # as in `decode`
+        raise BadImage("not an image") from error
+
+
 def center_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """The centre `size` x `size` of an RGB image, scaled so that its shorter side fits: uint8 [size, size, 3].
 

@@ -177,7 +177,8 @@ class EvaluateSection(Section):
 
     extractor: str = "efficientnet-lite0"
     extractor_weights: Location = None
-    extractor_input_size: Positive = 224
+    extractor_sha256: Location = None  # a check alone: recipes hold the digest that is found
+    extractor_input_size: Positive | None = None
     classifier: Literal["pixels", "features", "none"] = "features"
     transfer_images: Positive = 500
     nearest_k: Positive = 3

@@ -204,14 +204,18 @@ def locate_dino(recipe: str, weights: str | None = None) -> Path:
     return path
 
 
+def hub_checkpoints() -> Path:
+    """The folder in which torch hub keeps weight files."""
+    cache = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torch"
+    return Path(cache).expanduser() / "hub" / "checkpoints"
+
+
 def _named_or_cached(weights: str | None, names: tuple[str, ...]) -> tuple[Path | None, Path]:
     """The file `weights`, or the first of `names` in torch hub's cache; None where it is missing, and its place.
 
     A name with a digest in it is held to that.
     """
-    cache = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "torch"
-    folder = Path(cache).expanduser() / "hub" / "checkpoints"
-    places = [Path(weights).expanduser()] if weights else [folder / name for name in names]
+    places = [Path(weights).expanduser()] if weights else [hub_checkpoints() / name for name in names]
     found = next((place for place in places if place.is_file()), None)
     if found is not None:
         check_hub_name(found)

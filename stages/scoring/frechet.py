@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from rae.store.errors import ConfigError, CorruptData, StaleInput
 
+_QUICK_ERROR = 1e-8  # of the distance: what the quick way may cost in accuracy
+_ROUNDINGS = 16  # units in the last place of the largest eigenvalue by which any may be off
+
 
 class Moments:
     """Mean and covariance of features that arrive in batches, in float64.
@@ -73,9 +76,9 @@ class Moments:
 def frechet_distance(a: Moments | NDArray[Any], b: Moments | NDArray[Any]) -> float:
     """Squared Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two Gaussians, at least 0, in float64.
 
-    `a` and `b` are moments or features [N, D]. The trace of (S1 S2)^(1/2) is the sum of the singular values of
-    S1^(1/2) S2^(1/2), taken on the subspaces where S1 and S2 are not zero: exact with fewer samples than dimensions,
-    where a matrix square root of S1 S2 is not.
+    `a` and `b` are moments or features [N, D]. With S = R R^T, the trace of (S1 S2)^(1/2) is the nuclear norm of
+    R1^T R2, the sum of its singular values: exact with fewer samples than dimensions, where a matrix square root of
+    S1 S2 is not.
 
     Raises ConfigError for fewer than two samples, StaleInput if the dimensions differ, CorruptData for features that
     are not finite.
@@ -85,9 +88,32 @@ def frechet_distance(a: Moments | NDArray[Any], b: Moments | NDArray[Any]) -> fl
     if a.dim != b.dim:
         raise StaleInput(f"Features of {a.dim} and of {b.dim} dimensions cannot be compared.")
     cov_a, cov_b = a.cov, b.cov
-    overlap = np.linalg.svd(_root(cov_a).T @ _root(cov_b), compute_uv=False).sum()
     shift = a.mean - b.mean
-    return max(0.0, float(shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * overlap))
+    apart = float(shift @ shift + np.trace(cov_a) + np.trace(cov_b))
+    if min(a.count, b.count) > a.dim:
+        overlap, error = _overlap_by_cholesky(cov_a, cov_b)
+        if error <= _QUICK_ERROR * (apart - 2 * overlap):
+            return apart - 2 * overlap
+    overlap = np.linalg.svd(_root(cov_a).T @ _root(cov_b), compute_uv=False).sum()
+    return max(0.0, float(apart - 2 * overlap))
+
+
+def _overlap_by_cholesky(cov_a: NDArray[np.float64], cov_b: NDArray[np.float64]) -> tuple[float, float]:
+    """tr (S1 S2)^(1/2) from the eigenvalues of L1^T S2 L1, S1 = L1 L1^T, and a bound on the error of twice it.
+
+    A sixth of the time of the singular values. But an eigenvalue is known up to a rounding error of the largest one,
+    of which the square root makes much where it is nearly zero: the error is infinite for a matrix without full rank.
+    """
+    try:
+        lower = np.linalg.cholesky(cov_a)
+    except np.linalg.LinAlgError:
+        return 0.0, np.inf
+    eigenvalues = np.linalg.eigvalsh(lower.T @ cov_b @ lower)
+    rounding = _ROUNDINGS * np.finfo(np.float64).eps * eigenvalues[-1]
+    if eigenvalues[0] <= rounding:
+        return 0.0, np.inf
+    roots = np.sqrt(eigenvalues)
+    return float(roots.sum()), float((rounding / roots).sum())
 
 
 def _root(cov: NDArray[np.float64]) -> NDArray[np.float64]:

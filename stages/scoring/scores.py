@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rae.stages.scoring.baselines import class_means, pixel_gaussian
 from rae.stages.scoring.classifier import FeaturesOf, class_agreement, new_classifier, transfer_accuracy
 from rae.stages.scoring.frechet import frechet_distance
-from rae.stages.scoring.neighbours import precision_recall
+from rae.stages.scoring.neighbours import prdc
 from rae.stages.sections import EvaluateSection
 from rae.store.errors import ConfigError
 
@@ -49,7 +49,7 @@ def score_generation(
       asked for. In the row `real` it judges the held-out images, since it knows the training images by heart.
     - `transfer_accuracy`: one of the same kind, trained on `config.transfer_images` of the row's images alone, is
       right on held-out images.
-    - `precision`, `recall`, `frechet_distance`: in the features of `extractor`.
+    - `precision`, `recall`, `density`, `coverage`, `frechet_distance`: in the features of `extractor`.
 
     Where classes mean nothing the first two are left out: with `classifier: none`, if any image has no label (-1), or
     if the training images are all of one class.
@@ -76,12 +76,8 @@ def score_generation(
     val_features = features_of(val.images)
     for row, drawn in rows.items():
         features = features_of(drawn.images)
-        precision, recall = precision_recall(val_features, features, config.nearest_k)
-        scores[row] |= {
-            "precision": precision,
-            "recall": recall,
-            "frechet_distance": frechet_distance(val_features, features),
-        }
+        scores[row] |= prdc(val_features, features, config.nearest_k)._asdict()
+        scores[row]["frechet_distance"] = frechet_distance(val_features, features)
     return scores
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from rae.stages.scoring.extractors import BLOCK_SIZE, Extractor, load_extractor
+from rae.stages.scoring.extractors import BLOCK_SIZE, Extractor, Preprocessing
+from rae.stages.scoring.load_extractor import load_extractor
 from rae.store.errors import ConfigError, CorruptData, MissingInput, StaleInput
 
 NAME = "efficientnet-lite0"
@@ -24,7 +25,8 @@ def pictures(count: int, height: int = 32, width: int = 32) -> np.ndarray:
 
 
 def plain(network: nn.Module, input_size: int, dim: int) -> Extractor:
-    return Extractor("plain", network, dim=dim, digest="", input_size=input_size, mean=(0.5,) * 3, std=(0.5,) * 3)
+    preprocessing = Preprocessing("bicubic-clamped", input_size, (0.5,) * 3, (0.5,) * 3)
+    return Extractor("plain", network, preprocessing, dim=dim, digest="")
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])

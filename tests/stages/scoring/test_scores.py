@@ -41,7 +41,7 @@ def scores(sets: Sets) -> dict[str, dict[str, float]]:
 
 def test_every_row_has_every_metric(scores: dict[str, dict[str, float]]) -> None:
     assert list(scores) == ["samples", "real", "class_means", "pixel_gaussian"]
-    metrics = ["class_agreement", "transfer_accuracy", "precision", "recall", "frechet_distance"]
+    metrics = ["class_agreement", "transfer_accuracy", "precision", "recall", "density", "coverage", "frechet_distance"]
     assert all(list(row) == metrics for row in scores.values())
     assert all(type(value) is float for row in scores.values() for value in row.values())
 
@@ -84,7 +84,7 @@ def test_scores_repeat_to_the_bit_and_features_are_taken_once(sets: Sets, scores
 def test_without_labels_class_metrics_are_absent(sets: Sets) -> None:
     unlabelled = sets | {key: np.full_like(sets[key], -1) for key in ("labels", "train_labels", "val_labels")}
     for row in score_generation(**unlabelled, extractor=pixels, config=PIXELS).values():
-        assert list(row) == ["precision", "recall", "frechet_distance"]
+        assert list(row) == ["precision", "recall", "density", "coverage", "frechet_distance"]
     unconditional = sets | {"labels": np.full_like(sets["labels"], -1)}
     assert "class_agreement" not in score_generation(**unconditional, extractor=pixels, config=PIXELS)["samples"]
     without = score_generation(**sets, extractor=pixels, config=EvaluateSection(classifier="none"))
@@ -94,7 +94,7 @@ def test_without_labels_class_metrics_are_absent(sets: Sets) -> None:
 def test_one_class_of_training_images_leaves_the_metrics_that_need_no_class(sets: Sets) -> None:
     one = sets | {key: np.zeros_like(sets[key]) for key in ("labels", "train_labels", "val_labels")}
     for row in score_generation(**one, extractor=pixels, config=PIXELS).values():
-        assert list(row) == ["precision", "recall", "frechet_distance"]
+        assert list(row) == ["precision", "recall", "density", "coverage", "frechet_distance"]
 
 
 def test_one_requested_class_teaches_nothing_to_transfer(sets: Sets) -> None:
