@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from rae.stages.images import BadImage, center_crop, decode, mode_of
 from rae.store.errors import CorruptData, StaleInput
 from rae.store.manifest import canonical
+from rae.store.samples import batch_paths, read_batch
 from rae.store.source import Source
 
 _MODES = {"L": "grayscale", "LA": "grayscale with transparency", "RGBA": "RGB with transparency", "P": "palette colour"}
@@ -51,10 +51,8 @@ class SampleImages:
     """The images of a samples artifact, from its payload folder; `digest` is its content."""
 
     def __init__(self, payload: Path, digest: str) -> None:
-        self._paths = sorted(payload.glob("images/batch-*.npz"))
-        if not self._paths:
-            raise CorruptData(f"{payload} holds no images")
-        labels = [_member(path, "labels") for path in self._paths]
+        self._paths = batch_paths(payload)
+        labels = [read_batch(path).labels for path in self._paths]
         self._firsts = np.cumsum([0, *map(len, labels)])
         self._open: tuple[int, NDArray[np.uint8]] = (-1, np.empty((0, 0, 0, 3), np.uint8))
         self.labels: NDArray[np.integer] = np.concatenate(labels)
@@ -68,9 +66,7 @@ class SampleImages:
     def _image(self, row: int) -> NDArray[np.uint8]:
         number = int(np.searchsorted(self._firsts, row, side="right")) - 1
         if self._open[0] != number:
-            images = _member(self._paths[number], "images")
-            check_images(images, str(self._paths[number]))
-            self._open = number, images
+            self._open = number, read_batch(self._paths[number]).images
         image: NDArray[np.uint8] = self._open[1][row - self._firsts[number]]
         return image
 
@@ -156,12 +152,3 @@ def _stacked(images: Sequence[NDArray[np.uint8] | None], names: Sequence[str]) -
                 f"images of one set have one size: {names[0]} has {sizes[0]} pixels, and {name} has {sizes[1]}"
             )
     return np.stack(found)
-
-
-def _member(path: Path, key: str) -> NDArray[np.uint8]:
-    try:
-        with np.load(path, allow_pickle=False) as batch:
-            member: NDArray[np.uint8] = batch[key]
-            return member
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-        raise CorruptData(f"{path} cannot be read as a batch of images: {error}") from error
