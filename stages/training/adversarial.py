@@ -17,7 +17,7 @@ from rae.stages.models.diffaug import DRAWS, diff_augment
 from rae.stages.models.discriminator import Discriminator
 from rae.stages.models.gan_losses import adaptive_weight, discriminator_loss, generator_loss
 from rae.stages.training.checkpoints import Groups
-from rae.stages.training.loop import Batch, Trainee, finite
+from rae.stages.training.loop import Batch, NonFinite, Trainee, finite
 from rae.stages.training.optimizer import build_optimizer, descend, load_optimizer, optimizer_tensors
 from rae.stages.training.randomness import uniform
 from rae.stages.training.ranks import Ranks, wrap
@@ -82,7 +82,11 @@ class AdversarialLearner(Trainee[S]):
                 block.compile()
 
     def step(self, batch: S, step: int) -> dict[str, float | Tensor]:
-        """Teach the decoder, then the discriminator; parts that have not begun count and are logged as 0."""
+        """Teach the decoder, then the discriminator; parts that have not begun count and are logged as 0.
+
+        As of every `Trainee`; but `NonFinite` of the discriminator leaves only the discriminator as it was, since the
+        decoder, whose images it was shown, has learnt by then.
+        """
         with torch.no_grad(), self.autocast():
             clean, noised = self.tokens(batch)
         return self._decoder_step(noised, batch, step) | self._discriminator_step(clean, batch, step)
@@ -106,7 +110,8 @@ class AdversarialLearner(Trainee[S]):
         numbers = {name: part.detach() for name, part in (parts | {"gen_loss": generator}).items()}
         value = finite("loss", loss.item(), batch, step, self.ranks, numbers)
         made.backward(gradient)
-        norm = descend(self.optimizer, self.model, self.rate(step), self.section.clip_grad)
+        check = self.check_norm("grad_norm", batch, step)
+        norm = descend(self.optimizer, self.model, self.rate(step), self.section.clip_grad, check)
         self.ema.update(self.model)
         return {"loss": value, **numbers, "d_weight": d_weight, "grad_norm": norm}
 
@@ -123,6 +128,15 @@ class AdversarialLearner(Trainee[S]):
         if step < self.disc_start:
             nothing = torch.zeros((), device=self.device)
             return dict.fromkeys(("disc_loss", "logits_real", "logits_fake", "disc_grad_norm"), nothing)
+        vectors = {name: vector.clone() for name, vector in self.heads.named_buffers()}
+        try:
+            return self._teach_discriminator(clean, batch, step)
+        except NonFinite:
+            for name, vector in self.heads.named_buffers():
+                vector.copy_(vectors[name])  # the forward passes have moved those of the spectral norms
+            raise
+
+    def _teach_discriminator(self, clean: Tensor, batch: S, step: int) -> dict[str, float | Tensor]:
         self.disc_optimizer.zero_grad()
         self.heads.train()
         with torch.no_grad(), self.autocast():
@@ -137,7 +151,8 @@ class AdversarialLearner(Trainee[S]):
         value = finite("discriminator's loss", loss.item(), batch, step, self.ranks)
         loss.backward()  # type: ignore[no-untyped-call]
         # Its own updates alone count for its rate; it is not clipped, as officially.
-        norm = descend(self.disc_optimizer, self.heads, self.rate(step - self.disc_start), clip_grad=0)
+        rate, check = self.rate(step - self.disc_start), self.check_norm("disc_grad_norm", batch, step)
+        norm = descend(self.disc_optimizer, self.heads, rate, 0, check)
         logits = {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
         return {"disc_loss": value, **logits, "disc_grad_norm": norm}
 

@@ -51,6 +51,10 @@ B = TypeVar("B", bound=Batch)
 Loss = Callable[[nn.Module, B], tuple[Tensor, dict[str, Tensor]]]
 
 
+class NonFinite(RaeError):
+    """A loss or a gradient is not finite: the step came to nothing."""
+
+
 class Trainee(ABC, Generic[B]):
     """A module in training with its optimizer, schedule and EMA: what `train` steps, saves and restores.
 
@@ -69,9 +73,10 @@ class Trainee(ABC, Generic[B]):
 
     @abstractmethod
     def step(self, batch: B, step: int) -> dict[str, float | Tensor]:
-        """Learn from one batch; `step` counts from 0. Raises `RaeError` if a loss is not finite.
+        """Learn from one batch; `step` counts from 0. Returns the numbers to log, the same ones in every step.
 
-        Returns the numbers to log, the same ones in every step: `loss`, and norms of gradients as `*grad_norm`.
+        One of them is `loss`. Raises `NonFinite`, on every rank, if a loss or the gradients' norm is not finite on some
+        rank: weights, EMA and the optimizer's state are then as they were.
         """
 
     def autocast(self) -> torch.autocast:
@@ -81,6 +86,15 @@ class Trainee(ABC, Generic[B]):
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""
         return learning_rate(self.section, step, *self.schedule)
+
+    def check_norm(self, name: str, batch: B, step: int) -> Callable[[float], None]:
+        """Raises `NonFinite` for a norm that is not finite."""
+
+        def check(norm: float) -> None:
+            if not math.isfinite(norm):  # on all ranks at once: gradients are the global batch's
+                finite(name, norm, batch, step, self.ranks)
+
+        return check
 
     def tensors(self) -> Groups:
         """What a checkpoint must hold to continue."""
@@ -133,7 +147,8 @@ class Learner(Trainee[B]):
         # Read before the backward pass is queued: here a GPU waits for its next command only.
         value = finite("loss", loss.item(), batch, step, self.ranks, numbers)
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = descend(self.optimizer, self.model, self.rate(step), self.section.clip_grad)
+        check = self.check_norm("grad_norm", batch, step)
+        norm = descend(self.optimizer, self.model, self.rate(step), self.section.clip_grad, check)
         self.ema.update(self.model)
         return {"loss": value, **numbers, "grad_norm": norm}
 
@@ -141,7 +156,7 @@ class Learner(Trainee[B]):
 def finite(
     what: str, value: float, batch: Batch, step: int, ranks: Ranks, parts: Mapping[str, float | Tensor] | None = None
 ) -> float:
-    """`value`; if it is not finite on some rank, `RaeError` on every rank, with the samples in question.
+    """`value`; if it is not finite on some rank, `NonFinite` on every rank, with the samples in question.
 
     `parts` are what the value is made of; several of them are named with it.
     """
@@ -151,9 +166,11 @@ def finite(
             made_of = ", ".join(f"{name} {float(part):.4g}" for name, part in (parts or {}).items())
             named = f" ({made_of})" if len(parts or {}) > 1 else ""
             mine = f"{value}{named}", [str(key) for key in batch.keys]
-        reported, keys = next(report for report in ranks.gather(mine) if report is not None)
+        reports = [report for report in ranks.gather(mine) if report is not None]
+        keys = [key for _, suspects in reports for key in suspects]
         more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-        raise RaeError(f"the {what} became {reported} at step {step + 1}, on samples {', '.join(keys[:8])}{more}")
+        reported = f"the {what} became {reports[0][0]} at step {step + 1}"
+        raise NonFinite(f"{reported}, on samples {', '.join(keys[:8])}{more}")
     return value
 
 
@@ -174,7 +191,8 @@ def train(
     reads and draws, and leaves arithmetic whose order of summation matters to the loss. Milestones are published before
     the checkpoint of their step is saved, so that no resume passes one by. Returns what was made, which `payload`
     describes, its last checkpoint included. Raises `PartialResult` or `Interrupted`, after saving, when the job is
-    asked to stop; `ConfigError` for a milestone that lies where this training does not come by.
+    asked to stop; `ConfigError` for a milestone that lies where this training does not come by; `NonFinite` when more
+    steps than `section.max_skipped_steps` have come to nothing.
     """
     per_epoch, total = steps_per_epoch(section, rows), total_steps(section, rows)
     done, meter, attempt = _resume(learner, job, ranks, continued)
@@ -190,7 +208,11 @@ def train(
             asked = time.perf_counter()
             item = next(batches)
             data_wait = time.perf_counter() - asked
-            numbers = learner.step(item, done)
+            numbers: dict[str, float | Tensor] = {}
+            try:
+                numbers = learner.step(item, done)
+            except NonFinite as error:
+                _skip(error, done + 1, meter, section.max_skipped_steps, log)
             done, now = done + 1, time.perf_counter()
             meter.add(numbers, now - mark, data_wait)
             mark = now
@@ -199,7 +221,8 @@ def train(
                 "data_wait": meter.window.data_wait,
             }
             if ranks.is_main:
-                job.progress(done, total, "steps", loss=float(numbers["loss"]), **speed)
+                loss = {"loss": float(numbers["loss"])} if numbers else {}
+                job.progress(done, total, "steps", **loss, **speed)
             if done % section.log_every == 0 or done == total:
                 meter.sums = _mean(meter.sums, ranks)
                 meter.close_window()
@@ -208,12 +231,8 @@ def train(
                     log.log(step=done, epoch=done / per_epoch, **meter.latest, lr=rate, **speed)
             stop = ranks.any(job.stopping())
             saves = stop or done % section.checkpoint_every == 0 or done == total
-            if saves or done in job.milestones:
-                # Weights that the last step ruined are not worth keeping; the loss would show it a step later.
-                for name in [name for name in numbers if name.endswith("grad_norm")]:
-                    finite(name, float(numbers[name]), item, done - 1, ranks)
-                if ranks.is_main:
-                    results.milestone(done)
+            if ranks.is_main:
+                results.milestone(done)
             if saves:
                 meter.sums = _mean(meter.sums, ranks)
                 if ranks.is_main:
@@ -227,6 +246,19 @@ def train(
         return NOTHING
     speed = {"images_per_s": meter.run.per_second(section.batch_size), "data_wait": meter.run.data_wait}
     return results.finished(done, speed)
+
+
+def _skip(error: NonFinite, step: int, meter: Meter, limit: int, log: MetricsLog | None) -> None:
+    """Count a step, from 1, that came to nothing, and say so; beyond the limit that is the end."""
+    earlier = meter.skipped
+    if len(earlier) == limit:
+        listed = ", ".join(map(str, earlier))
+        told = f"; `max_skipped_steps` is {limit}, and as many came to nothing before: {listed}" if limit else ""
+        raise NonFinite(error.message + told) from error
+    meter.skipped = [*earlier, step]
+    if log:
+        logger.warning("skipped a step, %d of at most %d: %s", len(meter.skipped), limit, error.message)
+        log.log(step=step, skipped_steps=len(meter.skipped), skipped=error.message)
 
 
 def _resume(learner: Trainee[B], job: Job, ranks: Ranks, continued: Path | None) -> tuple[int, Meter, Path | None]:
@@ -248,7 +280,7 @@ def _resume(learner: Trainee[B], job: Job, ranks: Ranks, continued: Path | None)
 
 def _mean(sums: dict[str, float | Tensor], ranks: Ranks) -> dict[str, float | Tensor]:
     """The sums averaged over ranks; alone they stay where they are."""
-    if ranks.world_size == 1:
+    if ranks.world_size == 1 or not sums:
         return sums
     values = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64)
     return dict(zip(sums, ranks.all_reduce_mean(values).tolist(), strict=True))

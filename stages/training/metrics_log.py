@@ -24,8 +24,8 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         replace_bytes(self.path, "".join(map(_line, lines)).encode())
 
-    def log(self, *, step: int, **numbers: float) -> None:
-        """Append a line; another process sees it at once, and a kill does not lose it."""
+    def log(self, *, step: int, **numbers: float | str) -> None:
+        """Append a line, of numbers or words; another process sees it at once, and a kill does not lose it."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(_line({"step": step, **numbers}))
 
@@ -44,8 +44,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     return values
 
 
-def _line(values: Mapping[str, float | None]) -> str:
-    return json.dumps({key: _finite(value) for key, value in values.items()}, allow_nan=False) + "\n"
+def _line(values: Mapping[str, float | str | None]) -> str:
+    plain = {key: value if isinstance(value, str) else _finite(value) for key, value in values.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 def _finite(value: float | None) -> float | None:
@@ -81,24 +82,29 @@ class Meter:
     """What a run has cost so far, and its numbers since the last line of the log. Travels in checkpoints.
 
     Sums of tensors stay on their device until somebody asks for a mean: a step does not wait for its own numbers.
+    `learnt` steps are in the sums; `skipped` are all those, counted from 1, that came to nothing.
     """
 
     run: Span = field(default_factory=Span)
     window: Span = field(default_factory=Span)
     sums: dict[str, float | Tensor] = field(default_factory=dict)
+    learnt: int = 0
     latest: dict[str, float] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
 
     def add(self, numbers: Mapping[str, float | Tensor], seconds: float, data_wait_seconds: float) -> None:
-        """Count one step."""
+        """Count one step; one that came to nothing has no numbers."""
         self.run.add(seconds, data_wait_seconds)
         self.window.add(seconds, data_wait_seconds)
+        self.learnt += bool(numbers)
         for name, number in numbers.items():
             self.sums[name] = self.sums.get(name, 0.0) + number
 
     def close_window(self) -> None:
-        """Turn the sums into means, kept as `latest`, and begin anew."""
-        self.latest = {name: float(total) / self.window.steps for name, total in self.sums.items()}
-        self.window, self.sums = Span(), {}
+        """Turn the sums into means, kept as `latest` where there are any, and begin anew."""
+        if self.learnt:
+            self.latest = {name: float(total) / self.learnt for name, total in self.sums.items()}
+        self.window, self.sums, self.learnt = Span(), {}, 0
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint's state; what is not finite is null."""
@@ -114,4 +120,6 @@ class Meter:
             part: {name: math.nan if value is None else value for name, value in values[part].items()}
             for part in ("sums", "latest")
         }
-        return cls(Span(**values["run"]), Span(**values["window"]), **numbers)
+        run, window = Span(**values["run"]), Span(**values["window"])
+        learnt, skipped = values.get("learnt", window.steps), values.get("skipped", [])
+        return cls(run, window, numbers["sums"], learnt, numbers["latest"], skipped)

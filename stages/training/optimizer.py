@@ -1,7 +1,7 @@
 """AdamW and the learning rate schedules of the official recipe."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +75,17 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
 
 
-def descend(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, clip_grad: float) -> Tensor:
-    """Take one step of `optimizer` at a learning rate, gradients clipped first; returns their norm before, 0-dim."""
+def descend(
+    optimizer: torch.optim.Optimizer, model: nn.Module, rate: float, clip_grad: float, check: Callable[[float], object]
+) -> float:
+    """Take one step of `optimizer` at a learning rate, gradients clipped first; returns their norm before.
+
+    `check` sees the norm before anything moves, and may raise.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate
-    norm = clip_gradients(model, clip_grad)
+    norm = clip_gradients(model, clip_grad).item()
+    check(norm)
     optimizer.step()
     return norm
 

@@ -59,6 +59,8 @@ class Results:
         files, content = self._payload.save(folder, model.state_dict(), ema.state_dict())
         parameters = sum(parameter.numel() for parameter in model.parameters())
         numbers = {"steps": done, "epochs": done / self._per_epoch, **self._meter.latest}
+        if self._meter.skipped:
+            numbers["skipped_steps"] = len(self._meter.skipped)
         metrics = {"parameters": parameters, **self._payload.metrics, **numbers, "seconds": self._meter.run.seconds}
         return Result(content, metrics, files)
 

@@ -14,7 +14,8 @@ class TrainingSection(Section):
 
     `publish_at` are steps whose weights become artifacts while training goes on. `continue_from` is a REF to a finished
     run, which goes on to this one's length; `init_from` one to a model whose weights, `init_weights`, training begins
-    with.
+    with. `max_skipped_steps` is how many steps may come to nothing because a loss or gradient is not finite; the next
+    one, by default the first, stops the training.
     """
 
     seed: int = 0
@@ -31,6 +32,7 @@ class TrainingSection(Section):
     decay_end_epoch: Rate | None = None
     final_lr: Annotated[float, Field(ge=0)] = 2e-5
     clip_grad: Annotated[float, Field(ge=0)] = 0.0
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9995
     precision: Precision = "float32"
     compile: Annotated[bool, Runtime] = False
@@ -45,8 +47,10 @@ class TrainingSection(Section):
     init_weights: Literal["ema", "model"] = "ema"
 
     def in_recipe(self) -> dict[str, Any]:
-        """Without the choice among weights that no training begins with."""
+        """Without the choice among weights that no training begins with, and a patience that there is none of."""
         settings = super().in_recipe()
+        if not self.max_skipped_steps:
+            del settings["max_skipped_steps"]
         if self.init_from is None:
             del settings["init_weights"]
         return settings

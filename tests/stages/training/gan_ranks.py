@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from small_gan import ROWS, SECTION, batch_for, learner_of
+from small_gan import ROWS, SECTION, Batch, batch_for, learner_of, reconstruction
 
 from rae.stages.job import Job
 from rae.stages.models.payload import Payload
@@ -28,6 +28,23 @@ def main(out: Path) -> None:
     assert all(torch.equal(first, other) for first, *others in weights for other in others)
     if RANKS.is_main:
         save_file(learner.tensors()["model"], out / "trained.safetensors")
+    skip(out / "skipped")
+
+
+def skip(out: Path) -> None:
+    """A loss that is not finite for one row, and so on one rank."""
+    section = SECTION.model_copy(update={"max_skipped_steps": 5})
+
+    def spoilt(made: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, parts = reconstruction(made, batch)
+        return (loss * torch.nan if "row-7" in batch.keys else loss), parts
+
+    learner = learner_of(section, RANKS, spoilt)
+    batch = partial(batch_for, ranks=RANKS)
+    train(learner, batch, section, Payload("decoder.json", {}), rows=ROWS, job=Job(out), ranks=RANKS)
+    for group in learner.tensors().values():
+        for value in group.values():
+            assert all(torch.equal(value, other) for other in RANKS.gather(value))
 
 
 if __name__ == "__main__":

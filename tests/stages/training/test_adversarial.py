@@ -269,6 +269,13 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
     assert len(one) == len(two) == 5
     for key in ("loss", "l1", "gen_loss", "d_weight", "disc_loss", "logits_real", "grad_norm", "disc_grad_norm"):
         assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5, abs=1e-6), key
+    skipped = [read(tmp_path / name / "skipped" / "metrics.jsonl") for name in ("one", "two")]
+    steps = [[line["step"] for line in lines if "skipped" in line] for lines in skipped]
+    assert steps[0] == steps[1]
+    assert 0 < len(steps[0]) < 5
+    assert [line["loss"] for line in skipped[1] if "loss" in line] == pytest.approx(
+        [line["loss"] for line in skipped[0] if "loss" in line], rel=1e-4
+    )
 
 
 class TestCommand:

@@ -86,7 +86,19 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_reported_by_all(facts):
     step = next(step for step, rows in enumerate(facts["one"]["batches"][0]) if 7 in rows)
     share = next(shares[step] for shares in facts["two"]["batches"] if 7 in shares[step])
     named = f"the loss became nan at step {step + 1}, on samples {', '.join(map(str, share))}"
-    assert facts["two"]["non_finite"] == [["RaeError", named]] * 2
+    assert facts["two"]["non_finite"] == [["NonFinite", named]] * 2
+
+
+def test_a_step_that_one_rank_cannot_take_is_skipped_by_all(runs, facts):
+    steps = [step + 1 for step, rows in enumerate(facts["one"]["batches"][0]) if 7 in rows]
+    assert len(steps) > 2
+    for name, folder in runs.items():
+        lines = read(folder / "patient" / "metrics.jsonl")
+        assert [line["step"] for line in lines if "skipped" in line] == steps
+        assert facts[name]["patient_alike"]
+    one, two = (load_file(runs[name] / "patient.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        assert torch.allclose(two[name], weight, atol=1e-5)
 
 
 def test_the_environment_says_who_we_are(monkeypatch):

@@ -60,9 +60,9 @@ def learner(loss, section=SECTION):
     return Learner(model, loss, section, rows=ROWS, ranks=RANKS, device=CPU)
 
 
-def run(job, loss=loss):
-    made = learner(loss)
-    train(made, batch, SECTION, Payload("model.json", {}), rows=ROWS, job=job, ranks=RANKS)
+def run(job, loss=loss, section=SECTION):
+    made = learner(loss, section)
+    train(made, batch, section, Payload("model.json", {}), rows=ROWS, job=job, ranks=RANKS)
     return made
 
 
@@ -107,10 +107,14 @@ def main(out: Path) -> None:
         "non_finite": RANKS.gather(message(Job(out / "non_finite"), nan_for_row_7)),
     }
     resumed = run(Job(out / "resumed", earlier=(out / "stopped",)))
+    patient = run(Job(out / "patient"), nan_for_row_7, SECTION.model_copy(update={"max_skipped_steps": 20}))
+    weights = [RANKS.gather(weight) for group in patient.tensors().values() for weight in group.values()]
+    facts["patient_alike"] = all(torch.equal(first, other) for first, *others in weights for other in others)
     if RANKS.is_main:
         save_file(gradients, out / "gradients.safetensors")
         save_file(trained.ema.model.state_dict(), out / "trained.safetensors")
         save_file(resumed.ema.model.state_dict(), out / "resumed.safetensors")
+        save_file(patient.ema.model.state_dict(), out / "patient.safetensors")
         (out / "facts.json").write_text(json.dumps(facts))
 
 
