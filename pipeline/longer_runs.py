@@ -78,9 +78,8 @@ def _check_sizes(stage: Trainer, section: TrainingSection, model: Artifact) -> N
 
 def last_checkpoint(run: Artifact) -> Path:
     """The folder of a finished run's last checkpoint; `MissingInput` for what was published without one."""
-    for entry in run.manifest.files:
-        if entry["path"].endswith("/checkpoint.json"):
-            return run.folder / Path(entry["path"]).parent
+    if run.checkpoint is not None:
+        return run.checkpoint
     what = "a milestone" if "milestone" in run.manifest.recipe else "no training run's end"
     raise MissingInput(
         f"{run.kind}/{run.id} is {what} and holds weights alone, without the optimizer's state: it can't be continued,"
@@ -206,7 +205,7 @@ def snapshot(workspace: Workspace, runs: list[Run], step: int | None, weights: s
         f"{run.kind}/{run.id} has no model"
         + (f" of step {step}" if step is not None else " yet")
         + (f"; there are steps {', '.join(map(str, there))}" if there else ": it has saved no checkpoint"),
-        f"rae status -w {workspace.root}",
+        f"rae status -w {workspace.place}",
     )
 
 
@@ -241,6 +240,6 @@ def snapshot_of(workspace: Workspace, ref: str, kind: str, step: int | None, wei
     runs = workspace.runs(ref, kind)
     if not runs:
         raise MissingInput(
-            f"no {kind} `{ref}`, done or not, in the workspace {workspace.root}", f"rae status -w {workspace.root}"
+            f"no {kind} `{ref}`, done or not, in the workspace {workspace.place}", f"rae status -w {workspace.place}"
         )
     return snapshot(workspace, runs, step, weights)

@@ -139,7 +139,7 @@ class Pipeline:
         except MissingInput as error:
             raise MissingInput(error.message, error.next_command or self.command(stage.verb)) from error
         if found is None:
-            where = f"in the workspace {self.workspace.root}"
+            where = f"in the workspace {self.workspace.place}"
             raise MissingInput(f"`{self.config.name}` has no {stage.kind} {where} yet", self.command(stage.verb))
         return found
 
@@ -152,7 +152,7 @@ class Pipeline:
     def command(self, verb: str) -> str:
         if self._encoder is not None:
             return f"rae.run({self.words[0]!r}, encoder=...) in Python, with the encoder `{self._encoder.name}`"
-        return shlex.join(["rae", verb, *self.words, "-w", str(self.workspace.root)])
+        return shlex.join(["rae", verb, *self.words, "-w", self.workspace.place])
 
     # ---- what several stages need ------------------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ class Pipeline:
             if fields := "; ".join(differing_fields(asked, found)):
                 raise StaleInput(
                     f"the latents `{ref}` are not what `{self.config.name}` asks for ({fields})",
-                    f"rae inspect latents/{artifact.id} -w {self.workspace.root}",
+                    f"rae inspect latents/{artifact.id} -w {self.workspace.place}",
                 )
         return artifact
 

@@ -32,18 +32,18 @@ def show_status(workspace: Workspace, console: Console) -> None:
             [artifact.kind, summary["name"], artifact.id, summary["created"], size(summary["bytes"]), made_from]
         )
     if rows:
-        console.table(f"{workspace.root}", ["kind", "name", "id", "made", "size", "from"], rows)
+        console.table(f"{workspace.place}", ["kind", "name", "id", "made", "size", "from"], rows)
     for one in unfinished:
         console.say(f"unfinished: {one.kind} `{one.name}` ({one.id}); continue with: {_continue(one)}")
     if not rows and not unfinished:
-        console.say(f"{workspace.root} holds no artifacts yet; begin with: rae run quickstart")
+        console.say(f"{workspace.place} holds no artifacts yet; begin with: rae run quickstart")
 
 
 def _check_readable(workspace: Workspace) -> None:
     try:
         list(workspace.root.iterdir()) if workspace.root.exists() else None
     except OSError as error:
-        raise MissingInput(f"the workspace {workspace.root} cannot be read ({error.strerror})") from error
+        raise MissingInput(f"the workspace {workspace.place} cannot be read ({error.strerror})") from error
 
 
 def _summary(artifact: Artifact) -> Json:

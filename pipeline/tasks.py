@@ -52,8 +52,9 @@ def _encode(pipeline: Pipeline) -> Task:
             section, source, encoder_source, job, EarlierParts(_encoded_alike(pipeline.workspace, recipe))
         )
 
-    root = str(pipeline.workspace.root.absolute())
-    unit = partial(encode_part, pipeline.config.model_dump_json(), root, canonical(recipe).decode())
+    workspace = pipeline.workspace
+    place = str(workspace.root.absolute()) if workspace.is_local else workspace.place  # workers stand elsewhere
+    unit = partial(encode_part, pipeline.config.model_dump_json(), place, canonical(recipe).decode())
     return Task(STAGES["encode"], recipe, pipeline.shards, run, unit)
 
 

@@ -32,7 +32,7 @@ def verify_artifact(
     artifact = workspace.resolve(ref)
     if repair and artifact.kind != "latents":
         raise ConfigError(f"{artifact.kind}/{artifact.id} can't be repaired, only latents can: remove it and run again")
-    repairing = shlex.join(["rae", "verify", ref, "-w", str(workspace.root), "--repair", "--config"]) + " CONFIG"
+    repairing = shlex.join(["rae", "verify", ref, "-w", workspace.place, "--repair", "--config"]) + " CONFIG"
     problems, replaced = find_problems(artifact, mode), list[Path]()
     if problems and repair:
         for problem in problems:

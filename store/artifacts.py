@@ -30,7 +30,9 @@ from rae.store.manifest import (
     recipe_id,
 )
 from rae.store.milestones import Run, milestone, no_milestone
-from rae.store.publish import make_folder, publish_bytes, replace_bytes
+from rae.store.mirror import Mirror, mirror_root
+from rae.store.publish import make_folder
+from rae.store.remote import LocalFolder, open_objects
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _AT_STEP = re.compile(r"(?P<run>.+)@step=(?P<step>[0-9]{1,15})")
@@ -61,21 +63,24 @@ class Unfinished:
 
 
 class Workspace:
-    """A folder of artifacts, which need not exist yet. Reading writes nothing below it.
+    """Artifacts in a folder, which need not exist yet, or at a URL. Reading writes nothing below it.
 
-    Raises `MissingInput` if the folder is there and cannot be read, `ConfigError` for a URL.
+    `place` is the folder or the URL, `root` the folder in which work is done and artifacts are read: of a workspace at
+    a URL a folder of the cache. Raises `MissingInput` if the folder is there and cannot be read, `ConfigError` for a
+    URL of another kind.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        if "://" in str(root):
-            raise ConfigError(f"the workspace {root} is a URL; this version keeps workspaces in local folders")
-        self.root = Path(root)
+    def __init__(self, place: str | Path) -> None:
+        self.objects = open_objects(place)
+        self.place = self.objects.place
+        self.is_local = isinstance(self.objects, LocalFolder)
+        self.root = Path(self.place) if self.is_local else mirror_root(self.place)
         try:
             os.listdir(self.root)
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise MissingInput(f"the workspace {root} cannot be read ({error.strerror})") from error
+            raise MissingInput(f"the workspace {self.place} cannot be read ({error.strerror})") from error
 
     def folder(self, kind: str, id: str) -> Path:
         return self.root / "objects" / kind / id
@@ -93,28 +98,35 @@ class Workspace:
 
     def _read(self, kind: str, id: str) -> Artifact | None:
         """What is published under this kind and id; `CorruptData` if it says that it is something else."""
-        folder = self.folder(kind, id)
-        if not (folder / "manifest.json").is_file():
+        key = f"objects/{kind}/{id}"
+        data = self.objects.read(f"{key}/manifest.json")
+        if data is None:
             return None
-        artifact = read_artifact(folder)
-        if (artifact.kind, artifact.id) != (kind, id):
-            raise CorruptData(f"{folder / 'manifest.json'} is the manifest of {artifact.kind}/{artifact.id}")
-        return artifact
+        where = f"{self.place}/{key}/manifest.json"
+        manifest = Manifest.from_json(data, where)
+        if (manifest.kind, manifest.id) != (kind, id):
+            raise CorruptData(f"{where} is the manifest of {manifest.kind}/{manifest.id}")
+        if self.is_local:
+            return Artifact(self.folder(kind, id), manifest)
+        mirror = Mirror(self.objects, key, self.folder(kind, id))
+        mirror.begin(data)
+        return Artifact(mirror.folder, manifest, mirror)
 
     def artifacts(self, *kinds: str) -> Iterator[Artifact]:
         """Every published artifact (of these kinds), by kind and id."""
         for kind in kinds or KINDS:
-            for manifest in sorted(self.root.glob(f"objects/{kind}/*/manifest.json")):
-                if (artifact := self._read(kind, manifest.parent.name)) is not None:
+            for id in self.objects.folders(f"objects/{kind}"):
+                if (artifact := self._read(kind, id)) is not None:
                     yield artifact
 
     def unfinished(self) -> Iterator[Unfinished]:
         """Everything begun and not published."""
         for kind in KINDS:
-            for path in sorted(self.root.glob(f"objects/{kind}/*/started.json")):
-                if not (path.parent / "manifest.json").exists():
-                    started = _read_started(path)
-                    yield Unfinished(kind, path.parent.name, started["name"], started["recipe"], path.parent)
+            for id in self.objects.folders(f"objects/{kind}"):
+                if self.objects.read(f"objects/{kind}/{id}/manifest.json") is None and (
+                    started := self._started(kind, id)
+                ):
+                    yield Unfinished(kind, id, started["name"], started["recipe"], self.folder(kind, id))
 
     def resolve(self, ref: str, kind: str | None = None) -> Artifact:
         """The artifact a REF means: `KIND/NAME`, `KIND/ID`, a path, or a bare name or id if it is unique.
@@ -130,7 +142,7 @@ class Workspace:
             found = [artifact for one in kinds if (artifact := self._named(one, name))]
         if not found:
             raise MissingInput(
-                f"no {kind or 'artifact'} `{ref}` in the workspace {self.root}", f"rae status -w {self.root}"
+                f"no {kind or 'artifact'} `{ref}` in the workspace {self.place}", f"rae status -w {self.place}"
             )
         if len(found) > 1:
             kinds_found = ", ".join(f"{artifact.kind}/{ref}" for artifact in found)
@@ -142,8 +154,9 @@ class Workspace:
     def _named(self, kind: str, name: str) -> Artifact | None:
         if not _NAME.fullmatch(name):
             return None
-        ref = self.root / "refs" / kind / f"{name}.json"
-        id = _read_json(ref).get("id") if ref.is_file() else name
+        key = f"refs/{kind}/{name}.json"
+        ref = self.objects.read(key)
+        id = _parsed(ref, f"{self.place}/{key}").get("id") if ref is not None else name
         return self._read(kind, id) if isinstance(id, str) and ID.fullmatch(id) else None
 
     def _at_step(self, ref: str, step: int, kind: str | None) -> list[Artifact]:
@@ -180,17 +193,17 @@ class Workspace:
         for other in self.unfinished():
             if other.kind == kind and other.name == name and other.id != id:
                 fields = "; ".join(differing_fields(recipe, other.recipe))
-                _drop(other.folder, f"unfinished {kind} `{name}` was begun with other settings ({fields})", restart)
+                self._drop(other, f"unfinished {kind} `{name}` was begun with other settings ({fields})", restart)
         make_folder(folder)
         started = {"name": name, "recipe": recipe, "inputs": dict(inputs)}
-        if not publish_bytes(folder / "started.json", json.dumps(started, indent=1, sort_keys=True).encode()):
-            try:
-                before = _read_started(folder / "started.json")["inputs"]
-            except FileNotFoundError:  # whoever began it has just abandoned it
+        beginning = json.dumps(started, indent=1, sort_keys=True).encode()
+        if not self.objects.create(f"objects/{kind}/{id}/started.json", beginning):
+            before = self._started(kind, id)
+            if before is None:  # whoever began it has just abandoned it
                 return self.begin(kind, name, recipe, inputs)
-            if fields := "; ".join(differing_fields(dict(inputs), before)):
+            if fields := "; ".join(differing_fields(dict(inputs), before["inputs"])):
                 changed = f"an input of the unfinished {kind} `{name}` has changed since it began ({fields})"
-                _drop(folder, changed, restart)
+                self._drop(Unfinished(kind, id, name, recipe, folder), changed, restart)
                 return self.begin(kind, name, recipe, inputs)
         attempts = sorted(folder.glob("attempts/*"), key=lambda path: path.stat().st_mtime, reverse=True)
         attempt = folder
@@ -204,8 +217,9 @@ class Workspace:
             if work.attempt != work.folder:
                 work.attempt.rmdir()
                 work.attempt.parent.rmdir()
-            if os.listdir(work.folder) == ["started.json"]:
-                (work.folder / "started.json").unlink()
+            key = f"objects/{work.kind}/{recipe_id(work.recipe)}"
+            if [one.key for one in self.objects.below(key)] == [f"{key}/started.json"]:
+                self.objects.remove(f"{key}/started.json")
                 work.folder.rmdir()
 
     def begin_milestone(self, run: Work, step: int) -> Work:
@@ -219,10 +233,15 @@ class Workspace:
 
         A milestone takes no name of its own: it is found by its run's.
         """
-        publish_bytes(work.folder / "manifest.json", manifest.to_json())
+        key = f"objects/{work.kind}/{recipe_id(work.recipe)}"
+        if not self.is_local:
+            from rae.store.transfer import copy_payload
+
+            copy_payload(LocalFolder(self.root), self.objects, key, Artifact(work.folder, manifest))
+        self.objects.create(f"{key}/manifest.json", manifest.to_json())
         artifact = self.find(work.kind, work.recipe)
         if artifact is None:
-            raise CorruptData(f"{work.folder}/manifest.json vanished right after it was published")
+            raise CorruptData(f"{self.place}/{key}/manifest.json vanished right after it was published")
         if "milestone" not in work.recipe:
             self.name(artifact, work.name)
         return artifact
@@ -230,11 +249,30 @@ class Workspace:
     def name(self, artifact: Artifact, name: str) -> None:
         """Let `KIND/NAME` mean this artifact."""
         check_name(name)
-        ref = self.root / "refs" / artifact.kind / f"{name}.json"
-        data = json.dumps({"id": artifact.id}).encode()
-        if not ref.is_file() or ref.read_bytes() != data:
-            make_folder(ref.parent)
-            replace_bytes(ref, data)
+        key, data = f"refs/{artifact.kind}/{name}.json", json.dumps({"id": artifact.id}).encode()
+        if self.objects.read(key) != data:
+            self.objects.replace(key, data)
+
+    def _drop(self, work: Unfinished, why: str, allowed: bool) -> None:
+        """Remove unfinished work, which nothing published can refer to; `StaleInput` says why unless it is allowed."""
+        if not allowed:
+            raise StaleInput(f"{why}; --restart drops what it has done")
+        self.objects.remove(f"objects/{work.kind}/{work.id}")
+        if not self.is_local:
+            shutil.rmtree(work.folder, ignore_errors=True)
+
+    def _started(self, kind: str, id: str) -> Json | None:
+        """Name, recipe and inputs of work that has begun; None if none has."""
+        key = f"objects/{kind}/{id}"
+        data = self.objects.read(f"{key}/started.json")
+        if data is None:
+            return None
+        started = _parsed(data, f"{self.place}/{key}/started.json")
+        if {key: type(value) for key, value in started.items()} != {"name": str, "recipe": dict, "inputs": dict}:
+            raise CorruptData(
+                f"{self.place}/{key}/started.json does not say what was begun there", f"rm -r {self.place}/{key}"
+            )
+        return started
 
 
 def check_name(name: str) -> None:
@@ -255,26 +293,11 @@ def _new_attempt(folder: Path) -> Path:
     return attempt
 
 
-def _drop(folder: Path, why: str, allowed: bool) -> None:
-    """Remove unfinished work, which nothing published can refer to; `StaleInput` says why unless it is allowed."""
-    if not allowed:
-        raise StaleInput(f"{why}; --restart drops what it has done")
-    shutil.rmtree(folder)
-
-
-def _read_started(path: Path) -> Json:
-    """Name, recipe and inputs of work that has begun."""
-    started = _read_json(path)
-    if {key: type(value) for key, value in started.items()} != {"name": str, "recipe": dict, "inputs": dict}:
-        raise CorruptData(f"{path} does not say what was begun there", f"rm -r {path.parent}")
-    return started
-
-
-def _read_json(path: Path) -> Json:
+def _parsed(data: bytes, where: str) -> Json:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CorruptData(f"{path} is not JSON ({error})") from error
+        raise CorruptData(f"{where} is not JSON ({error})") from error
     if not isinstance(value, dict):
-        raise CorruptData(f"{path} holds no JSON object")
+        raise CorruptData(f"{where} holds no JSON object")
     return value

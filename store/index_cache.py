@@ -11,12 +11,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rae.store.cache import cache_folder
+from rae.store.errors import ConfigError
+
 
 def load(name: str) -> Any:
     """The JSON document remembered under `name`, or None."""
     try:
         return json.loads(_place(name).read_bytes())
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, ConfigError, ValueError):
         return None
 
 
@@ -33,7 +36,7 @@ def save(name: str, document: Any) -> None:
             except BaseException:
                 os.unlink(file.name)
                 raise
-    except (OSError, RuntimeError):
+    except (OSError, ConfigError):
         return
 
 
@@ -44,7 +47,4 @@ def stamp(path: Path) -> tuple[int, int]:
 
 
 def _place(name: str) -> Path:
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification has relative paths ignored. Without a home, Path.home raises RuntimeError.
-    root = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
-    return root / "rae" / "index" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"
+    return cache_folder() / "index" / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.json"

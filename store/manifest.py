@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rae.store.errors import CorruptData
+from rae.store.mirror import Mirror
 
 SCHEMA = 1
 KINDS = ("shards", "latents", "decoder", "dit", "samples", "reference", "scores")
@@ -114,10 +115,15 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published artifact: its folder and what it says of itself."""
+    """A published artifact: its folder and what it says of itself.
+
+    `mirror` is of artifacts that lie elsewhere: then `folder` is one of this machine's cache, and holds what was asked
+    for.
+    """
 
     folder: Path
     manifest: Manifest
+    mirror: Mirror | None = None
 
     @property
     def kind(self) -> str:
@@ -129,12 +135,28 @@ class Artifact:
 
     @property
     def payload(self) -> Path:
-        """The folder of the payload: the winning attempt's, or the artifact's own (latents, shards at a path)."""
+        """The folder of the payload: the winning attempt's, or the artifact's own (latents, shards at a path).
+
+        Of an artifact that lies elsewhere, the payload's files are there when this returns: all but checkpoints, which
+        `checkpoint` is for, and the latents themselves, which are read where they lie.
+        """
+        self._bring([entry for entry in self.manifest.files if not _of_checkpoint(entry)])
         for entry in self.manifest.files:
             parts = Path(entry["path"]).parts
             if parts[0] == "attempts":
                 return self.folder / parts[0] / parts[1]
         return self.folder
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the last checkpoint of a training run; None if it is published without one."""
+        files = [entry for entry in self.manifest.files if _of_checkpoint(entry)]
+        self._bring(files)
+        return self.folder / Path(files[0]["path"]).parent if files else None
+
+    def _bring(self, files: list[Json]) -> None:
+        if self.mirror is not None:
+            self.mirror.bring(files)
 
     def as_input(self) -> Json:
         """How this artifact stands in the `inputs` of what is made from it."""
@@ -145,6 +167,10 @@ def read_artifact(folder: Path) -> Artifact:
     """Read the manifest in `folder`; `CorruptData` if it does not hold."""
     where = folder / "manifest.json"
     return Artifact(folder, Manifest.from_json(where.read_bytes(), str(where)))
+
+
+def _of_checkpoint(entry: Json) -> bool:
+    return "/checkpoints/" in entry["path"]
 
 
 def _refuse_constant(name: str) -> None:

@@ -20,6 +20,8 @@ from unittest import mock
 import pytest
 import yaml
 
+from loopback import S3
+
 TINY: dict[str, dict[str, Any]] = {
     "shards": {"train": "digits", "limit": 120, "val_fraction": 0.2, "samples_per_shard": 24},
     "encode": {
@@ -271,3 +273,20 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     server = Warm(tmp_path_factory.mktemp("warm"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    server = S3()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """An S3 server on loopback, with its credentials in the environment and an empty cache of this test's own."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_server.cache = tmp_path / "cache"
+    monkeypatch.setenv("RAE_CACHE", str(s3_server.cache))
+    return s3_server

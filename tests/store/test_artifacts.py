@@ -237,8 +237,8 @@ def test_a_workspace_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
         Workspace(tmp_path / "file")
     with pytest.raises(MissingInput, match="cannot be read"):
         Workspace(tmp_path / "file" / "below")
-    with pytest.raises(ConfigError, match="is a URL"):
-        Workspace("s3://bucket/rae")
+    with pytest.raises(ConfigError, match="is no place that artifacts can lie in"):
+        Workspace("ftp://bucket/rae")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads what it has no permission to read")

@@ -1,0 +1,109 @@
+"""Payloads of artifacts, carried from one place to another: several files at once, each verified, none twice."""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import NamedTuple, Protocol
+
+from rae.store.errors import CorruptData, MissingInput, StaleInput
+from rae.store.latents_index import PARTS_FILE, PARTS_SCHEMA, read_columns
+from rae.store.layout import LatentLayout
+from rae.store.manifest import Artifact, canonical
+from rae.store.part_record import FOLDER, moments_path, record_path
+from rae.store.remote import ObjectStore
+
+_TRANSFERS = 8
+_CLAIM = "claim.json"
+
+
+class Payload(NamedTuple):
+    """A file of an artifact: its path below the artifact's folder, its size, its sha256."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Carried(Protocol):
+    """Told after each file of the bytes that need not move any more, and of those that this call moved."""
+
+    def __call__(self, done_bytes: int, moved_bytes: int) -> None: ...
+
+
+def untold(done_bytes: int, moved_bytes: int) -> None:
+    """A `Carried` that says nothing."""
+
+
+def payload_files(objects: ObjectStore, key: str, artifact: Artifact) -> Iterator[Payload]:
+    """Every file of the artifact below `key`; those of latents' parts come first, as the table of parts lists them."""
+    if artifact.kind == "latents":
+        yield from _part_files(objects, key, artifact)
+    for entry in artifact.manifest.files:
+        yield Payload(entry["path"], entry["bytes"], entry["sha256"])
+
+
+def _part_files(objects: ObjectStore, key: str, artifact: Artifact) -> Iterator[Payload]:
+    layout, _ = LatentLayout.load(artifact.payload)
+    sizes = {stored.key: stored.bytes for stored in objects.below(f"{key}/{FOLDER}")}
+    for line in read_columns(artifact.payload / PARTS_FILE, PARTS_SCHEMA, PARTS_SCHEMA.names).to_pylist():
+        columns = {"latents": ("bytes", "sha256"), "scales": ("scales_bytes", "scales_sha256")}
+        for array in layout.arrays:
+            size, sha256 = (line[column] for column in columns[array.name])
+            yield Payload(layout.shard_key(line["part"], array.name), size, sha256)
+        path = record_path(artifact.folder, line["part"]).relative_to(artifact.folder).as_posix()
+        record = objects.read(f"{key}/{path}")
+        if record is None:
+            raise MissingInput(f"{objects.place}/{key}/{path} is missing")
+        if hashlib.sha256(record).hexdigest() != line["record_sha256"]:
+            raise CorruptData(f"{objects.place}/{key}/{path} does not match its digest")
+        yield Payload(path, len(record), line["record_sha256"])
+        path = moments_path(artifact.folder, line["part"]).relative_to(artifact.folder).as_posix()
+        if f"{key}/{path}" not in sizes:
+            raise MissingInput(f"{objects.place}/{key}/{path} is missing")
+        yield Payload(path, sizes[f"{key}/{path}"], json.loads(record)["statistics_sha256"])
+
+
+def copy_payload(
+    source: ObjectStore, target: ObjectStore, key: str, artifact: Artifact, carried: Carried = untold
+) -> None:
+    """Bring all files of an artifact below `key` from one place to the same key of another, where they are not there.
+
+    What is published of it is for the caller, afterwards. Raises `CorruptData` for a file that arrives otherwise than
+    listed, `StaleInput` where the target holds another content under this id.
+    """
+    claim = canonical({"content": artifact.manifest.content})
+    # Large objects can't be created-if-absent, and two who made the same latents may have made them differently.
+    is_ours = artifact.kind != "latents" or target.create(f"{key}/{_CLAIM}", claim)
+    if not is_ours and target.read(f"{key}/{_CLAIM}") not in (claim, None):
+        raise StaleInput(f"somebody is bringing another content of {artifact.kind}/{artifact.id} to {target.place}")
+    there = {stored.key: stored.bytes for stored in target.below(key)}
+    lock, done, moved = Lock(), 0, 0
+
+    def copy(file: Payload) -> None:
+        nonlocal done, moved
+        where = f"{key}/{file.path}"
+        # An object appears whole, and with a digest of its own; its size alone says nothing.
+        has = there.get(where) == file.bytes and target.digest(where) == file.sha256
+        if not has:
+            target.write(where, source.stream(where), file.bytes, file.sha256)
+        with lock:
+            done, moved = done + file.bytes, moved + (0 if has else file.bytes)
+            carried(done, moved)
+
+    with ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="transfer") as pool:
+        under_way = deque[Future[None]]()
+        try:
+            for file in payload_files(source, key, artifact):
+                if len(under_way) == 4 * _TRANSFERS:
+                    under_way.popleft().result()
+                under_way.append(pool.submit(copy, file))
+            for future in under_way:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if artifact.kind == "latents":
+        target.remove(f"{key}/{_CLAIM}")  # every name is taken now
