@@ -30,6 +30,7 @@ from rae.pipeline.cli_config import config_app
 from rae.pipeline.cli_export import export_app
 from rae.pipeline.cli_import import import_app
 from rae.pipeline.cli_shards import shards_command
+from rae.pipeline.cli_sharing import pull_command, push_command
 from rae.pipeline.cli_verify import verify_command
 
 if TYPE_CHECKING:
@@ -215,6 +216,8 @@ def inspect_command(ref: Ref, workspace: WorkspaceOption = DEFAULT_WORKSPACE, as
 
 
 app.command("verify")(verify_command)
+app.command("push")(push_command)
+app.command("pull")(pull_command)
 app.command("compare")(compare_command)
 
 

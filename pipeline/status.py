@@ -119,7 +119,7 @@ def _invalid_rows(artifact: Artifact) -> list[Json]:
         return []
     from rae.store.latents import LatentStore
 
-    return LatentStore(artifact.folder).invalid_rows()
+    return LatentStore(artifact.payload).invalid_rows()
 
 
 def show_plan(pipeline: Pipeline, names: list[str], console: Console) -> None:

@@ -64,7 +64,9 @@ def _encoded_alike(workspace: Workspace, recipe: Json) -> list[Artifact]:
     def settings(recipe: Json) -> Json:
         return {key: value for key, value in recipe.items() if key not in ("source", "classes")}
 
-    found = [one for one in workspace.artifacts("latents") if settings(one.manifest.recipe) == settings(recipe)]
+    # Parts are taken over by a link or a copy, which takes a folder that they lie in.
+    here = [one for one in workspace.artifacts("latents") if one.mirror is None]
+    found = [one for one in here if settings(one.manifest.recipe) == settings(recipe)]
     return sorted(found, key=lambda one: str(one.manifest.provenance.get("created")), reverse=True)
 
 

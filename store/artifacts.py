@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from rae.store.remote import LocalFolder, open_objects
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _AT_STEP = re.compile(r"(?P<run>.+)@step=(?P<step>[0-9]{1,15})")
+UPSTREAMS_FILE = "upstreams.json"
 _TRAINED = ("decoder", "dit")
 
 
@@ -66,11 +67,12 @@ class Workspace:
     """Artifacts in a folder, which need not exist yet, or at a URL. Reading writes nothing below it.
 
     `place` is the folder or the URL, `root` the folder in which work is done and artifacts are read: of a workspace at
-    a URL a folder of the cache. Raises `MissingInput` if the folder is there and cannot be read, `ConfigError` for a
-    URL of another kind.
+    a URL a folder of the cache. What is not in it is looked for in `upstreams`, other workspaces that are only read: by
+    default those of RAE_UPSTREAMS and of `upstreams.json` in the workspace. Raises `MissingInput` if the folder is
+    there and cannot be read, `ConfigError` for a URL of another kind.
     """
 
-    def __init__(self, place: str | Path) -> None:
+    def __init__(self, place: str | Path, upstreams: Sequence[str] | None = None) -> None:
         self.objects = open_objects(place)
         self.place = self.objects.place
         self.is_local = isinstance(self.objects, LocalFolder)
@@ -82,19 +84,36 @@ class Workspace:
         except OSError as error:
             raise MissingInput(f"the workspace {self.place} cannot be read ({error.strerror})") from error
 
+        named = self._upstreams() if upstreams is None else upstreams
+        self.upstreams = tuple(Workspace(one, upstreams=()) for one in named if one != self.place)
+
     def folder(self, kind: str, id: str) -> Path:
         return self.root / "objects" / kind / id
+
+    def _upstreams(self) -> list[str]:
+        data = self.objects.read(UPSTREAMS_FILE)
+        listed = _parsed(data, f"{self.place}/{UPSTREAMS_FILE}").get("upstreams") if data is not None else []
+        if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+            raise ConfigError(
+                f'{self.place}/{UPSTREAMS_FILE} must hold {{"upstreams": [...]}}, folders or URLs of workspaces'
+            )
+        return [*listed, *os.environ.get("RAE_UPSTREAMS", "").split()]
 
     # ---- finding -----------------------------------------------------------------------------------------------
 
     def find(self, kind: str, recipe: Mapping[str, Any]) -> Artifact | None:
-        """The artifact of exactly this recipe, or None."""
-        artifact = self._read(kind, recipe_id(recipe))
+        """The artifact of exactly this recipe, here or upstream, or None."""
+        artifact = self.published(kind, recipe_id(recipe))
         if artifact is not None and (fields := list(differing_fields(recipe, artifact.manifest.recipe))):
             raise CorruptData(
                 f"{artifact.folder} answers to this recipe's id with another recipe ({'; '.join(fields)})"
             )
         return artifact
+
+    def published(self, kind: str, id: str) -> Artifact | None:
+        """What is published under this kind and id, here or else upstream."""
+        found = (one._read(kind, id) for one in (self, *self.upstreams))
+        return next((artifact for artifact in found if artifact is not None), None)
 
     def _read(self, kind: str, id: str) -> Artifact | None:
         """What is published under this kind and id; `CorruptData` if it says that it is something else."""
@@ -113,7 +132,7 @@ class Workspace:
         return Artifact(mirror.folder, manifest, mirror)
 
     def artifacts(self, *kinds: str) -> Iterator[Artifact]:
-        """Every published artifact (of these kinds), by kind and id."""
+        """Every artifact (of these kinds) that is published here, by kind and id."""
         for kind in kinds or KINDS:
             for id in self.objects.folders(f"objects/{kind}"):
                 if (artifact := self._read(kind, id)) is not None:
@@ -154,10 +173,12 @@ class Workspace:
     def _named(self, kind: str, name: str) -> Artifact | None:
         if not _NAME.fullmatch(name):
             return None
-        key = f"refs/{kind}/{name}.json"
-        ref = self.objects.read(key)
-        id = _parsed(ref, f"{self.place}/{key}").get("id") if ref is not None else name
-        return self._read(kind, id) if isinstance(id, str) and ID.fullmatch(id) else None
+        key, id = f"refs/{kind}/{name}.json", name
+        for one in (self, *self.upstreams):
+            if (ref := one.objects.read(key)) is not None:
+                id = str(_parsed(ref, f"{one.place}/{key}").get("id"))
+                break
+        return self.published(kind, id) if ID.fullmatch(id) else None
 
     def _at_step(self, ref: str, step: int, kind: str | None) -> list[Artifact]:
         """What the runs that `ref` may mean published at a step; of runs of one kind, a finished one is meant."""
@@ -237,7 +258,7 @@ class Workspace:
         if not self.is_local:
             from rae.store.transfer import copy_payload
 
-            copy_payload(LocalFolder(self.root), self.objects, key, Artifact(work.folder, manifest))
+            copy_payload(LocalFolder(self.root), self.objects, Artifact(work.folder, manifest))
         self.objects.create(f"{key}/manifest.json", manifest.to_json())
         artifact = self.find(work.kind, work.recipe)
         if artifact is None:
@@ -260,6 +281,26 @@ class Workspace:
         self.objects.remove(f"objects/{work.kind}/{work.id}")
         if not self.is_local:
             shutil.rmtree(work.folder, ignore_errors=True)
+
+    def name_if_free(self, artifact: Artifact, name: str) -> bool:
+        """Let `KIND/NAME` mean this artifact unless it means another; returns whether it does."""
+        check_name(name)
+        key, data = f"refs/{artifact.kind}/{name}.json", json.dumps({"id": artifact.id}).encode()
+        return self.objects.create(key, data) or self.objects.read(key) == data
+
+    def adopt(self, artifact: Artifact) -> None:
+        """Publish an artifact of another workspace whose payload has been brought here.
+
+        `StaleInput` if another content was published under its id meanwhile.
+        """
+        self.objects.create(f"{artifact.key}/manifest.json", artifact.manifest.to_json())
+        found = self._read(artifact.kind, artifact.id)
+        if found is None or found.manifest.content != artifact.manifest.content:
+            raise StaleInput(f"{self.place} has just got another content of {artifact.kind}/{artifact.id}")
+
+    def arrived_bytes(self, artifact: Artifact) -> int:
+        """How much of an artifact's payload has arrived here."""
+        return sum(stored.bytes for stored in self.objects.below(artifact.key))
 
     def _started(self, kind: str, id: str) -> Json | None:
         """Name, recipe and inputs of work that has begun; None if none has."""

@@ -134,6 +134,11 @@ class Artifact:
         return self.manifest.id
 
     @property
+    def key(self) -> str:
+        """Where it lies below any workspace."""
+        return f"objects/{self.kind}/{self.id}"
+
+    @property
     def payload(self) -> Path:
         """The folder of the payload: the winning attempt's, or the artifact's own (latents, shards at a path).
 

@@ -37,15 +37,25 @@ def untold(done_bytes: int, moved_bytes: int) -> None:
     """A `Carried` that says nothing."""
 
 
-def payload_files(objects: ObjectStore, key: str, artifact: Artifact) -> Iterator[Payload]:
-    """Every file of the artifact below `key`; those of latents' parts come first, as the table of parts lists them."""
+def payload_files(objects: ObjectStore, artifact: Artifact) -> Iterator[Payload]:
+    """Every file of an artifact in `objects`; those of latents' parts come first, as the table of parts lists them."""
     if artifact.kind == "latents":
-        yield from _part_files(objects, key, artifact)
+        yield from _part_files(objects, artifact)
     for entry in artifact.manifest.files:
         yield Payload(entry["path"], entry["bytes"], entry["sha256"])
 
 
-def _part_files(objects: ObjectStore, key: str, artifact: Artifact) -> Iterator[Payload]:
+def payload_bytes(objects: ObjectStore, artifact: Artifact) -> int:
+    """The size of all those files, without a look at each."""
+    total = sum(int(entry["bytes"]) for entry in artifact.manifest.files)
+    if artifact.kind == "latents":
+        total += int(artifact.manifest.metrics["bytes"])
+        total += sum(stored.bytes for stored in objects.below(f"{artifact.key}/{FOLDER}"))
+    return total
+
+
+def _part_files(objects: ObjectStore, artifact: Artifact) -> Iterator[Payload]:
+    key = artifact.key
     layout, _ = LatentLayout.load(artifact.payload)
     sizes = {stored.key: stored.bytes for stored in objects.below(f"{key}/{FOLDER}")}
     for line in read_columns(artifact.payload / PARTS_FILE, PARTS_SCHEMA, PARTS_SCHEMA.names).to_pylist():
@@ -66,15 +76,13 @@ def _part_files(objects: ObjectStore, key: str, artifact: Artifact) -> Iterator[
         yield Payload(path, sizes[f"{key}/{path}"], json.loads(record)["statistics_sha256"])
 
 
-def copy_payload(
-    source: ObjectStore, target: ObjectStore, key: str, artifact: Artifact, carried: Carried = untold
-) -> None:
-    """Bring all files of an artifact below `key` from one place to the same key of another, where they are not there.
+def copy_payload(source: ObjectStore, target: ObjectStore, artifact: Artifact, carried: Carried = untold) -> None:
+    """Bring all files of an artifact from one place to another, those that are not there.
 
     What is published of it is for the caller, afterwards. Raises `CorruptData` for a file that arrives otherwise than
     listed, `StaleInput` where the target holds another content under this id.
     """
-    claim = canonical({"content": artifact.manifest.content})
+    key, claim = artifact.key, canonical({"content": artifact.manifest.content})
     # Large objects can't be created-if-absent, and two who made the same latents may have made them differently.
     is_ours = artifact.kind != "latents" or target.create(f"{key}/{_CLAIM}", claim)
     if not is_ours and target.read(f"{key}/{_CLAIM}") not in (claim, None):
@@ -96,7 +104,7 @@ def copy_payload(
     with ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="transfer") as pool:
         under_way = deque[Future[None]]()
         try:
-            for file in payload_files(source, key, artifact):
+            for file in payload_files(source, artifact):
                 if len(under_way) == 4 * _TRANSFERS:
                     under_way.popleft().result()
                 under_way.append(pool.submit(copy, file))

@@ -22,6 +22,7 @@ class S3:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.requests: list[tuple[str, str]] = []
         self.refused: tuple[str, ...] = ()
+        self.writes_left: int | None = None
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self.port = self._server.server_port
@@ -50,6 +51,15 @@ class S3:
         finally:
             self.refused = ()
 
+    @contextmanager
+    def failing(self, after: int) -> Iterator[None]:
+        """Answers so many writes, and none after them."""
+        self.writes_left = after
+        try:
+            yield
+        finally:
+            self.writes_left = None
+
     def close(self) -> None:
         self._server.shutdown()
 
@@ -65,5 +75,11 @@ class S3:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("403 Forbidden", [("Content-Type", "application/xml")])
             return [REFUSAL]
+        if self.writes_left is not None and method in WRITES:
+            self.writes_left -= 1
+            if self.writes_left < 0:
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+                start_response("503 Slow Down", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>SlowDown</Code></Error>"]
         answer: Iterable[bytes] = self._moto(environ, start_response)
         return answer

@@ -1,0 +1,124 @@
+"""`rae push` and `rae pull`: with lineage, resumable, verified on arrival; upstreams."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rae.store.artifacts import Workspace
+from rae.store.remote import open_objects
+from tests.conftest import Rae
+
+Made = Callable[..., Rae]
+
+
+@pytest.fixture
+def trained(rae_with: Made) -> Rae:
+    return rae_with("shards", "latents", "dit")
+
+
+@pytest.fixture(params=["s3", "folder"])
+def place(request: pytest.FixtureRequest, s3, tmp_path: Path) -> str:
+    return s3.place() if request.param == "s3" else str(tmp_path / "team")
+
+
+def push(rae: Rae, place: str, *words: object):
+    return rae("push", "dit/tiny", "--to", place, "-w", rae.workspace, *words)
+
+
+def test_what_was_pushed_is_pulled_to_the_bit_with_what_it_was_made_from(trained: Rae, rae: Rae, place: str) -> None:
+    assert "a second" in push(trained, place).succeeded().out
+    rae("pull", "dit/tiny", "--from", place, "-w", rae.workspace).succeeded()
+    for kind in ("shards", "latents", "dit"):
+        assert rae.payload(kind) == trained.payload(kind)
+        rae("verify", f"{kind}/tiny", "-w", rae.workspace).succeeded()
+    assert "already done" in rae.verb("train-dit").succeeded().out
+
+
+def test_a_second_push_sends_nothing(trained: Rae, s3) -> None:
+    place = s3.place()
+    push(trained, place).succeeded()
+    s3.requests.clear()
+    ran = push(trained, place).succeeded()
+    assert ran.out.count("is there already") == 3
+    assert {method for method, _ in s3.requests} <= {"GET", "HEAD", "PUT"}
+    assert [path for method, path in s3.requests if method == "PUT" and "/refs/" not in path] == []
+
+
+def test_a_push_that_broke_off_shows_nothing_and_goes_on_where_it_was(trained: Rae, s3, monkeypatch) -> None:
+    place = s3.place()
+    monkeypatch.setenv("RAE_REMOTE_PATIENCE_S", "0.2")
+    with s3.failing(after=12):
+        push(trained, place).refused(6, "what is done is kept", "rae push dit/tiny")
+    stored = {one.key: one.bytes for one in open_objects(place).below("")}
+    assert len(stored) > 3
+    assert not any(artifact.kind == "latents" for artifact in Workspace(place).artifacts())
+    s3.requests.clear()
+    push(trained, place).succeeded()
+    sent = {path.removeprefix("/bucket/") for method, path in s3.requests if method == "PUT"}
+    prefix = place.removeprefix("s3://bucket/")
+    kept = {f"{prefix}/{key}" for key in stored if "/latents/c/" in key or key.endswith(".npz")}
+    assert kept
+    assert not sent & kept
+
+
+def test_dry_run_says_how_much_and_copies_nothing(trained: Rae, place: str) -> None:
+    ran = push(trained, place, "--dry-run").succeeded()
+    assert ran.out.count("would copy") == 3
+    assert list(open_objects(place).below("")) == []
+
+
+def test_alone_is_without_what_it_was_made_from(trained: Rae, place: str) -> None:
+    push(trained, place, "--alone").succeeded()
+    assert [artifact.kind for artifact in Workspace(place).artifacts()] == ["dit"]
+
+
+def test_another_content_under_the_same_id_is_refused_before_anything_moves(trained: Rae, place: str) -> None:
+    import dataclasses
+
+    made = Workspace(trained.workspace).resolve("dit/tiny")
+    other = dataclasses.replace(made.manifest, content="0" * 64)
+    open_objects(place).create(f"{made.key}/manifest.json", other.to_json())
+    push(trained, place).refused(4, "another content", "the first one under an id stays")
+    assert [one.key for one in open_objects(place).below("")] == [f"{made.key}/manifest.json"]
+
+
+def test_another_unfinished_content_of_latents_is_refused(trained: Rae, place: str) -> None:
+    key = Workspace(trained.workspace).resolve("latents/tiny").key
+    open_objects(place).create(f"{key}/claim.json", b'{"content":"another"}')
+    push(trained, place).refused(4, "bringing another content of latents/")
+
+
+def test_what_is_damaged_here_is_not_published_there(trained: Rae, place: str) -> None:
+    latents = Workspace(trained.workspace).resolve("latents/tiny")
+    shard = latents.folder / "latents/c/1/0/0/0/0"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    push(trained, place).refused(5, "does not match its digest")
+    assert [artifact.kind for artifact in Workspace(place).artifacts()] == ["shards"]
+
+
+def test_a_name_that_means_something_else_there_keeps_its_meaning(trained: Rae, place: str) -> None:
+    open_objects(place).create("refs/dit/tiny.json", b'{"id": "0123456789abcdef"}')
+    assert "goes on to" in push(trained, place).succeeded().out
+    assert open_objects(place).read("refs/dit/tiny.json") == b'{"id": "0123456789abcdef"}'
+
+
+@pytest.mark.parametrize("how", ["environment", "file"])
+def test_what_lies_upstream_is_not_made_again(trained: Rae, rae: Rae, place: str, how: str, monkeypatch) -> None:
+    push(trained, place).succeeded()
+    before = sorted(open_objects(place).below(""))
+    if how == "environment":
+        monkeypatch.setenv("RAE_UPSTREAMS", place)
+    else:
+        rae.workspace.mkdir()
+        (rae.workspace / "upstreams.json").write_text(f'{{"upstreams": ["{place}"]}}')
+    assert "already done" in rae.verb("train-dit").succeeded().out
+    assert not list(rae.workspace.rglob("manifest.json"))
+    assert rae.artifact("latents/tiny")["content"] == trained.content("latents")
+    assert sorted(open_objects(place).below("")) == before
+
+
+def test_an_upstream_list_that_is_none_is_refused(rae: Rae) -> None:
+    rae.workspace.mkdir()
+    (rae.workspace / "upstreams.json").write_text('{"upstreams": "s3://x"}')
+    rae("status", "-w", rae.workspace).refused(2, "upstreams.json must hold")
