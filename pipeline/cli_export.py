@@ -68,3 +68,21 @@ def adm_npz_command(
     made = export_adm_npz(ref, out, adm_truncate, Workspace(workspace), console)
     if as_json:
         console.print_json(made)
+
+
+@export_app.command("png")
+def png_command(
+    ref: Ref,
+    out: Annotated[Path, typer.Argument(help="The folder to write into.")],
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write samples as PNG files, INDEX_CLASS.png."""
+    from rae.pipeline.interchange.export_png import export_png
+    from rae.store.artifacts import Workspace
+
+    console = options_for(as_json, quiet).console
+    made = export_png(ref, out, Workspace(workspace), console)
+    if as_json:
+        console.print_json(made)

@@ -103,11 +103,13 @@ class Pipeline:
         words: list[str],
         encoder: OwnEncoder | None = None,
         checkpoint: str | None = None,
+        suffix: str = "",
     ) -> None:
         self.config = config
         self.workspace = workspace
         self.words = words  # how the person named the configuration, for the commands that messages suggest
         self.checkpoint = checkpoint  # `step=N` or `latest`: samples of a transformer that may still be training
+        self.suffix = suffix  # to the names of what it makes: one configuration at several scales of guidance
         self._encoder = encoder  # a module in place of what `encode.encoder` names
 
     @property
@@ -120,6 +122,23 @@ class Pipeline:
             given = self.config.shards
             return bool(given.train and not in_place(given, "train")) or bool(given.val and not in_place(given, "val"))
         return getattr(self.config, name) is not None
+
+    def at_further_scales(self, stage: Stage) -> list["Pipeline"]:
+        """This pipeline at each of `sample.further_scales`, for the stages that guidance means something to."""
+        sample = self.config.sample
+        if sample is None or stage.name not in ("sample", "evaluate"):
+            return []
+        return [
+            Pipeline(
+                self.config.model_copy(update={"sample": sample.at_scale(scale)}),
+                self.workspace,
+                self.words,
+                self._encoder,
+                self.checkpoint,
+                f"-guidance{scale:g}",
+            )
+            for scale in sample.further_scales
+        ]
 
     def task(self, name: str) -> Task:
         """What the stage would make; raises `MissingInput` when an input is still to be made."""

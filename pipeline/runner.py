@@ -74,7 +74,11 @@ def run_stages(pipeline: Pipeline, stages: list[Stage], options: Options) -> lis
         if pipeline.checkpoint is not None:  # rank 0 decides for all: a newer one may be saved between two looks
             step = sampled(pipeline).step if processes.is_main else None
             pipeline.checkpoint = f"step={processes.broadcast(step)}"
-        return [run_stage(pipeline, stage, options) for stage in stages]
+        return [
+            run_stage(one, stage, options)
+            for stage in stages
+            for one in (*pipeline.at_further_scales(stage), pipeline)  # its own last: a verb answers with that
+        ]
 
 
 def run_verb(pipeline: Pipeline, name: str, options: Options) -> Outcome:
@@ -128,7 +132,7 @@ def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
     """Find the stage's artifact or make it."""
     try:
         task = pipeline.task(stage.name)
-        return make(pipeline.workspace, task.name or pipeline.config.name, task, options)
+        return make(pipeline.workspace, (task.name or pipeline.config.name) + pipeline.suffix, task, options)
     except OSError as error:
         raise explained(error, options.command) or error from error
     except PartialResult as error:

@@ -124,7 +124,7 @@ def _invalid_rows(artifact: Artifact) -> list[Json]:
 
 def show_plan(pipeline: Pipeline, names: list[str], console: Console) -> None:
     """What would run, why, and the disk that it needs."""
-    rows = [plan_row(pipeline, name) for name in names]
+    rows = [plan_row(one, name) for name in names for one in (pipeline, *pipeline.at_further_scales(STAGES[name]))]
     if console.as_json:
         console.print_json(rows)
         return
@@ -139,7 +139,7 @@ def show_plan(pipeline: Pipeline, names: list[str], console: Console) -> None:
 def plan_row(pipeline: Pipeline, name: str) -> Json:
     """A stage's state: done, continue, run, or wait (for an earlier stage)."""
     stage = STAGES[name]
-    row: Json = {"stage": stage.verb, "kind": stage.kind}
+    row: Json = {"stage": stage.verb + pipeline.suffix, "kind": stage.kind}
     try:
         task = pipeline.task(name)
         found = pipeline.workspace.find(stage.kind, task.recipe)

@@ -110,6 +110,9 @@ class SampleSection(Section):
     takes the place of the unlabelled prediction in guidance (autoguidance), or `step=N` for the milestone of the
     transformer itself. `num_steps` counts points of the time grid, one more than steps. An option that its sampler or
     its guidance leaves without effect is refused, so that equal results have equal recipes.
+
+    `guidance_scale` may be a list: samples and scores are then made at each, of the same noise, every scale's an
+    artifact of its own that is called NAME-guidanceSCALE; the first keeps the configuration's name.
     """
 
     dit: Location = None
@@ -127,6 +130,7 @@ class SampleSection(Section):
     last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Euler"
     last_step_size: Annotated[float, Field(gt=0, lt=1)] = 0.04
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    further_scales: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Runtime] = ()
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     weights: Literal["ema", "model"] = "ema"
     batch_size: Positive = 64
@@ -135,6 +139,28 @@ class SampleSection(Section):
     def in_recipe(self) -> dict[str, Any]:
         """Without the options of other samplers."""
         return {key: value for key, value in super().in_recipe().items() if self._is_used(key)}
+
+    def at_scale(self, guidance_scale: float) -> Self:
+        """These settings at one of the further scales; at 1, which is no guidance, without what belongs to it."""
+        changes: dict[str, Any] = {"guidance_scale": guidance_scale, "further_scales": ()}
+        if guidance_scale == 1:
+            changes |= {key: type(self).model_fields[key].default for key in ("guide", "guidance_interval")}
+        return self.model_copy(update=changes)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_scales(cls, settings: Any) -> Any:
+        scales = settings.get("guidance_scale") if isinstance(settings, dict) else None
+        if not isinstance(scales, list | tuple) or not scales:
+            return settings
+        return {**settings, "guidance_scale": scales[0], "further_scales": tuple(scales[1:])}
+
+    @model_validator(mode="after")
+    def _scales_differ(self) -> Self:
+        scales = [self.guidance_scale, *self.further_scales]
+        if len(set(scales)) < len(scales):
+            raise ValueError(f"`guidance_scale` {scales} has a scale twice")
+        return self
 
     def _is_used(self, option: str) -> bool:
         return self.sampler in _SAMPLERS_OF.get(option, (self.sampler,))

@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.conftest import Rae
+import rae as api
+from rae.store.artifacts import Workspace
+from rae.store.samples import read_batches
+from tests.conftest import TINY, Rae, one_thread
 
 
 def manifests(workspace: Path) -> dict[str, dict[str, Any]]:
@@ -35,3 +39,12 @@ def test_two_processes_run_the_whole_pipeline(finished: Rae, tmp_path: Path) -> 
     for kind in ("decoder", "dit"):
         assert two[kind]["metrics"]["loss"] == pytest.approx(one[kind]["metrics"]["loss"], rel=1e-4)
     assert two["samples"]["metrics"]["images"] == one["samples"]["metrics"]["images"]
+    place = str(tmp_path / "w")
+    dit, decoder = api.load_dit("tiny", place), api.load_decoder("tiny", place)
+    labels = [index % dit.num_classes for index in range(TINY["sample"]["num_images"])]
+    settings = {key: TINY["sample"][key] for key in ("num_steps", "batch_size")}
+    with one_thread():
+        alone = api.sample(dit, decoder, labels, **settings)
+    batches = list(read_batches(Workspace(tmp_path / "w").resolve("samples/tiny").payload))
+    assert [label for batch in batches for label in batch.labels] == labels
+    np.testing.assert_array_equal(np.concatenate([batch.images for batch in batches]), alone)

@@ -258,3 +258,22 @@ def test_imported_weights_begin_a_training_and_do_not_continue_one(rae_with: WIT
     rae.verb("train-dit", *settings(train_dit__init_from="dh"), *sizes).refused(
         4, "`train_dit.init_from` does not fit", "`final_layer.linear.bias` as [768] where [112]"
     )
+
+
+def test_a_list_of_scales_makes_samples_and_scores_of_each_from_the_same_noise(rae_with: WITH) -> None:
+    rae = rae_with("shards", "latents", "decoder", "dit")
+    scales = settings(sample__guidance_scale="[1.5,1]")
+    rows = rae.verb("evaluate", *scales, "--dry-run", "--json").succeeded().json
+    assert [row["stage"] for row in rows] == ["evaluate", "evaluate-guidance1"]
+    assert rae.verb("evaluate", *scales, "--json").succeeded().json["kind"] == "scores"
+    first, other = (rae.artifact(f"samples/{name}") for name in ("tiny", "tiny-guidance1"))
+    assert [one["recipe"]["config"]["sample"]["guidance_scale"] for one in (first, other)] == [1.5, 1.0]
+    assert rae.artifact("scores/tiny-guidance1")["recipe"]["inputs"]["samples"] == other["id"]
+    # Each is what that scale alone makes.
+    for scale, one in ((1.5, first), (1, other)):
+        made = rae.verb("sample", *settings(sample__guidance_scale=scale), "--json").succeeded().json
+        assert (made["reused"], made["id"]) == (True, one["id"])
+    guided = settings(sample__guidance_scale="[1.5,1]", sample__guidance_interval="[0.2,0.9]")
+    rae.verb("sample", *guided).succeeded()
+    assert rae.artifact("samples/tiny-guidance1")["id"] == other["id"]
+    rae.verb("sample", *settings(sample__guidance_scale="[1.5,1.5]")).refused(2, "has a scale twice")
