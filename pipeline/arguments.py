@@ -76,3 +76,20 @@ def show_outcome(outcome: "Outcome", options: "Options") -> None:
 
     if options.console.as_json and is_main():
         options.console.print_json(outcome.to_json())
+
+
+def run_verb(name: str, pipeline: "Pipeline", options: "Options", dry_run: bool = False) -> None:
+    """Run one stage, or with `dry_run` say whether it would run and why."""
+    from rae.pipeline import runner
+
+    if dry_run:
+        show_plan(pipeline, [name], options)
+    else:
+        show_outcome(runner.run_verb(pipeline, name, options), options)
+
+
+def show_plan(pipeline: "Pipeline", names: list[str], options: "Options") -> None:
+    """What these stages would do."""
+    from rae.pipeline.status import show_plan
+
+    show_plan(pipeline, names, options.console)

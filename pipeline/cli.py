@@ -23,10 +23,12 @@ from rae.pipeline.arguments import (
     WorkspaceOption,
     options_for,
     prepare,
-    show_outcome,
+    run_verb,
+    show_plan,
 )
 from rae.pipeline.cli_compare import compare_command
 from rae.pipeline.cli_config import config_app
+from rae.pipeline.cli_evaluate import evaluate_command
 from rae.pipeline.cli_export import export_app
 from rae.pipeline.cli_import import import_app
 from rae.pipeline.cli_shards import shards_command
@@ -34,8 +36,6 @@ from rae.pipeline.cli_sharing import pull_command, push_command
 from rae.pipeline.cli_verify import verify_command
 
 if TYPE_CHECKING:
-    from rae.pipeline.plan import Pipeline
-    from rae.pipeline.runner import Options
     from rae.store.errors import RaeError
 
 app = typer.Typer(
@@ -74,7 +74,7 @@ def run_command(
     stages = runner.between(pipeline, first, last)
     preflight(pipeline)
     if dry_run:
-        _show_plan(pipeline, [stage.name for stage in stages], options)
+        show_plan(pipeline, [stage.name for stage in stages], options)
         return
     outcomes = runner.run_stages(pipeline, stages, options)
     if not is_main():
@@ -104,7 +104,7 @@ def _trainer_command(name: str, summary: str) -> None:
         if dry_run:
             show_dry_run(pipeline, name, options)
         else:
-            _run_verb(name, pipeline, options)
+            run_verb(name, pipeline, options)
 
     app.command(name.replace("_", "-"), help=summary)(command)
 
@@ -135,7 +135,7 @@ def encode_command(
     crew = launch.Crew(processes, scheduler, launch.share_of(parts) if parts else (0, 1))
     pipeline, options = prepare(config, workspace, overrides, as_json, quiet, restart, device, crew)
     try:
-        _run_verb("encode", pipeline, options, dry_run)
+        run_verb("encode", pipeline, options, dry_run)
     except OthersAtWork as others:
         options.console.say(f"{others.message}; when all shares are done, the last one finishes the latents")
         if as_json and launch.is_main():
@@ -163,23 +163,10 @@ def sample_command(
     """Draw latents from the transformer and decode them to images."""
     pipeline, options = prepare(config, workspace, overrides, as_json, quiet, restart, device)
     pipeline.checkpoint = checkpoint
-    _run_verb("sample", pipeline, options, dry_run)
+    run_verb("sample", pipeline, options, dry_run)
 
 
-@app.command("evaluate")
-def evaluate_command(
-    config: Config,
-    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
-    overrides: Set = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    dry_run: DryRun = False,
-    restart: Restart = False,
-    device: Device = "auto",
-) -> None:
-    """Score reconstructions and samples; draws the samples if they are missing."""
-    pipeline, options = prepare(config, workspace, overrides, as_json, quiet, restart, device)
-    _run_verb("evaluate", pipeline, options, dry_run)
+app.command("evaluate")(evaluate_command)
 
 
 @app.command("plan")
@@ -190,7 +177,7 @@ def plan_command(
     from rae.pipeline.preflight import problems
 
     pipeline, options = prepare(config, workspace, overrides, as_json)
-    _show_plan(pipeline, [stage.name for stage in pipeline.stages], options)
+    show_plan(pipeline, [stage.name for stage in pipeline.stages], options)
     if found := list(problems(pipeline)):
         for problem in found:
             _tell(problem)
@@ -233,21 +220,6 @@ def report_command(
     options.console.say(f"report: {path}")
     if as_json:
         options.console.print_json({"path": str(path)})
-
-
-def _run_verb(name: str, pipeline: "Pipeline", options: "Options", dry_run: bool = False) -> None:
-    from rae.pipeline import runner
-
-    if dry_run:
-        _show_plan(pipeline, [name], options)
-    else:
-        show_outcome(runner.run_verb(pipeline, name, options), options)
-
-
-def _show_plan(pipeline: "Pipeline", names: list[str], options: "Options") -> None:
-    from rae.pipeline.status import show_plan
-
-    show_plan(pipeline, names, options.console)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from rae.pipeline import longer_runs
 from rae.pipeline.plan import Pipeline
-from rae.pipeline.tasks import evaluation_lpips, extractor_files
+from rae.pipeline.tasks import evaluation_lpips, evaluation_reference, extractor_files
 from rae.stages.models.weights import locate_dino, locate_lpips
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection
 from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
@@ -184,6 +184,11 @@ def _extractor(pipeline: Pipeline) -> None:
         extractor_files(pipeline.section("evaluate", EvaluateSection))
 
 
+def _reference(pipeline: Pipeline) -> None:
+    if pipeline.config.sample is not None and pipeline.section("evaluate", EvaluateSection).reference is not None:
+        evaluation_reference(pipeline)
+
+
 def _distance(pipeline: Pipeline) -> None:
     section = pipeline.section("evaluate", EvaluateSection)
     if section.perceptual_distance == "lpips":
@@ -203,5 +208,5 @@ _CHECKS: dict[str, tuple[Callable[[Pipeline], object], ...]] = {
     ),
     "train_dit": (_train_dit, _origins_of("train_dit")),
     "sample": (_sample, _guide),
-    "evaluate": (_held_out, _extractor, _distance),
+    "evaluate": (_held_out, _extractor, _reference, _distance),
 }

@@ -104,7 +104,7 @@ METRICS = (
 )
 ROWS = (
     Row("samples", "the transformer's samples, decoded"),
-    Row("real", "as many real training images: what a perfect generator scores"),
+    Row("real", "as many other real images: what a perfect generator scores"),
     Row("class_means", "one mean picture per class, repeated", is_baseline=True),
     Row("pixel_gaussian", "draws from one Gaussian over pixels per class", is_baseline=True),
 )

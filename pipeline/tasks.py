@@ -16,6 +16,7 @@ from rae.stages import shards
 from rae.stages.job import Beginning, Job, Result
 from rae.stages.models.weights import digest_file, locate_dino, locate_lpips
 from rae.stages.scoring.extractor_files import ExtractorFiles, locate_extractor
+from rae.stages.scoring.reference_files import check_reference
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, ShardsSection
 from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
 from rae.store.artifacts import Workspace
@@ -183,6 +184,8 @@ def _evaluate(pipeline: Pipeline) -> Task:
     if pipeline.config.sample is not None:
         inputs["samples"] = pipeline.need("sample")
         weights |= {f"extractor/{name}": digest for name, digest in extractor_files(section).digests.items()}
+        if section.reference is not None:
+            inputs["reference"] = evaluation_reference(pipeline)
     if section.perceptual_distance == "lpips":
         backbone = evaluation_lpips(section)
         weights[backbone.name] = digest_file(backbone)
@@ -193,8 +196,8 @@ def _evaluate(pipeline: Pipeline) -> Task:
     def run(job: Job) -> Result:
         from rae.stages import evaluate
 
-        decoder, samples = inputs["decoder"], inputs.get("samples")
-        return evaluate.run(section, source, held_out, encoder_source, decoder, samples, job)
+        decoder, samples, reference = inputs["decoder"], inputs.get("samples"), inputs.get("reference")
+        return evaluate.run(section, source, held_out, encoder_source, decoder, samples, reference, job)
 
     return Task(STAGES["evaluate"], recipe, inputs | pipeline.shards, run)
 
@@ -202,6 +205,19 @@ def _evaluate(pipeline: Pipeline) -> Task:
 def evaluation_lpips(section: EvaluateSection) -> Path:
     """VGG-16's weights, for scores that ask for LPIPS."""
     return locate_lpips(section.lpips_weights, "evaluate.perceptual_distance")
+
+
+def evaluation_reference(pipeline: Pipeline) -> Artifact:
+    """The reference that `evaluate` names; `StaleInput` if it is another than the section asks for."""
+    section = pipeline.section("evaluate", EvaluateSection)
+    assert section.reference is not None
+    found = pipeline.workspace.resolve(section.reference, "reference")
+    extractor: Json = {"name": section.extractor, "digest": extractor_files(section).digest}
+    if section.extractor_input_size is not None:
+        extractor["input_size"] = section.extractor_input_size
+    encode = pipeline.config.encode
+    check_reference(found, extractor, section.reference_split, encode.image_size if encode is not None else None)
+    return found
 
 
 def extractor_files(section: EvaluateSection) -> ExtractorFiles:

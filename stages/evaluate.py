@@ -14,8 +14,11 @@ from rae.stages.models.perceptual import EncoderDistance, LpipsDistance, build_p
 from rae.stages.models.pixels import to_uint8, to_unit
 from rae.stages.models.trained import Autoencoder, Decoder, check_compatible
 from rae.stages.models.weights import EncoderSource
+from rae.stages.scoring.extractors import Extractor
 from rae.stages.scoring.load_extractor import load_extractor
 from rae.stages.scoring.reconstruction import ReconstructionScores
+from rae.stages.scoring.reference_files import check_reference, read_description
+from rae.stages.scoring.references import Reference
 from rae.stages.scoring.scores import score_generation
 from rae.stages.sections import EvaluateSection
 from rae.stages.training.randomness import normal
@@ -36,9 +39,10 @@ def run(
     encoder_source: EncoderSource,
     decoder: Artifact,
     samples: Artifact | None,
+    reference: Artifact | None,
     job: Job,
 ) -> Result:
-    """Score the decoder on held-out images, and the samples, if there are any, against them."""
+    """Score the decoder on held-out images, and the samples, if there are any, against these or a `reference`."""
     if not Ranks.from_environment().is_main:
         return NOTHING
     decoding = Decoder.load(decoder.payload, device=job.device)
@@ -46,6 +50,9 @@ def run(
     encoder = load_encoder(encoder_source, known["input_size"], known["feature_index"], job.device)
     check_compatible(describe(encoder), known, "this encoder")
     size = decoding.image_size
+    extractor = _extractor(section, job) if samples is not None else None
+    if reference is not None and extractor is not None:
+        check_reference(reference, extractor.protocol(), section.reference_split, size)
     val_images, val_labels = load_images(held_out, size, job, "held-out images")
     distance = build_perceptual(section.perceptual_distance, encoder, section.lpips_weights)
     distance = distance.to(job.device) if distance is not None else None
@@ -69,8 +76,8 @@ def run(
             for level in section.latent_noise
             for name, value in by_level[level].items()
         }
-    if samples is not None:
-        rows, measured_with = _score_samples(section, train, val_images, val_labels, samples, job)
+    if samples is not None and extractor is not None:
+        rows, measured_with = _score_samples(section, train, val_images, val_labels, samples, reference, extractor, job)
         scores["generation"] = rows
         metrics |= rows["samples"]
         protocol |= measured_with
@@ -82,34 +89,57 @@ def run(
     return Result(content, metrics, (path, *(job.folder / name for name in pictures)))
 
 
-def _score_samples(
-    section: EvaluateSection,
-    train: Source,
-    val_images: np.ndarray,
-    val_labels: np.ndarray,
-    samples: Artifact,
-    job: Job,
-) -> tuple[dict[str, dict[str, float]], Json]:
-    """Rows of scores, samples and baselines, and the protocol that they were taken under."""
-    extractor = load_extractor(
+def _extractor(section: EvaluateSection, job: Job) -> Extractor:
+    return load_extractor(
         section.extractor,
         section.extractor_weights,
         section.extractor_input_size,
         job.device,
         section.extractor_sha256,
     )
+
+
+def _score_samples(
+    section: EvaluateSection,
+    train: Source,
+    val_images: np.ndarray,
+    val_labels: np.ndarray,
+    samples: Artifact,
+    reference: Artifact | None,
+    extractor: Extractor,
+    job: Job,
+) -> tuple[dict[str, dict[str, float]], Json]:
+    """Rows of scores, samples and baselines, and the protocol that they were taken under."""
     train_images, train_labels = load_images(train, val_images.shape[1], job, "training images")
     generated, labels = load_samples(samples)
-    rows = score_generation(generated, labels, train_images, train_labels, val_images, val_labels, extractor, section)
+    against = Reference.load(reference) if reference is not None else None
+    rows = score_generation(
+        generated, labels, train_images, train_labels, val_images, val_labels, extractor, section, against
+    )
     balance = zip(*np.unique(labels, return_counts=True), strict=True)
     return rows, {
         "extractor": extractor.protocol(),
+        "reference": _reference_card(reference, section),
         "images": len(generated),
         "labels": {str(label): int(count) for label, count in balance},
         "classifier": section.classifier,
         "transfer_images": section.transfer_images,
         "nearest_k": section.nearest_k,
         "sample": drawn_with(samples.manifest),
+    }
+
+
+def _reference_card(reference: Artifact | None, section: EvaluateSection) -> Json:
+    """What samples were scored against, for the protocol; the held-out images stand in it by their digest anyway."""
+    if reference is None:
+        return {"images": "held out", "split": section.reference_split}
+    about = read_description(reference.payload)
+    return {
+        "digest": reference.manifest.content,
+        "split": about.split,
+        "rows": about.rows,
+        "image_size": about.image_size,
+        "asserted": about.asserted,
     }
 
 

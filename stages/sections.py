@@ -199,12 +199,18 @@ class EvaluateSection(Section):
     Reconstructions are scored with noise on their tokens, too, for each level of `latent_noise`, in the units of
     `noise_tau`: how a decoder bears the imperfect tokens of a transformer. `perceptual_distance` is LPIPS, or that of
     the encoder's own features, which needs no other weights.
+
+    Samples are scored against the held-out images, or against `reference`, a REF to what `rae evaluate
+    --make-reference` or `rae import adm-npz` made. `reference_split` says whether that must be of the images that
+    generators learn from, as published scores of generation are, or of held-out ones.
     """
 
     extractor: str = "efficientnet-lite0"
     extractor_weights: Location = None
     extractor_sha256: Location = None  # a check alone: recipes hold the digest that is found
     extractor_input_size: Positive | None = None
+    reference: Location = None
+    reference_split: Literal["train", "val"] = "val"
     classifier: Literal["pixels", "features", "none"] = "features"
     transfer_images: Positive = 500
     nearest_k: Positive = 3
@@ -214,6 +220,14 @@ class EvaluateSection(Section):
     perceptual_distance: Literal["lpips", "encoder", "none"] = "encoder"
     lpips_weights: Location = None
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _a_split_has_a_reference(self) -> Self:
+        if self.reference is None and self.reference_split == "train":
+            raise ValueError(
+                "`reference_split: train` needs a `reference`, which `rae evaluate CONFIG --make-reference train` makes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _levels_differ(self) -> Self:

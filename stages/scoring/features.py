@@ -31,12 +31,12 @@ CHUNK_ROWS = 64 * BLOCK_SIZE
 class Features:
     """Features float32 [N, D] of the usable images of a set, in index order, chunk by chunk from the disk.
 
-    `labels` [N] are theirs, `rows` [N] their rows in the set.
+    `labels` [N] are theirs, `rows` [N] their rows in the set, `paths` the chunks' files.
     """
 
     def __init__(self, paths: Sequence[Path], labels: NDArray[np.integer], dim: int) -> None:
-        self._paths, self.dim = tuple(paths), dim
-        usable = [_read(path)[1] for path in self._paths]
+        self.paths, self.dim = tuple(paths), dim
+        usable = [_read(path)[1] for path in self.paths]
         self.rows: NDArray[np.intp] = np.flatnonzero(np.concatenate([*usable, np.empty(0, np.bool_)]))
         self.labels: NDArray[np.integer] = labels[self.rows]
 
@@ -44,7 +44,7 @@ class Features:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
-        for path in self._paths:
+        for path in self.paths:
             features, usable, _ = _read(path)
             yield features[usable]
 

@@ -31,6 +31,14 @@ class Moments:
         """The moments of features [N, D]."""
         return cls(features.shape[1]).update(features)
 
+    @classmethod
+    def given(cls, mean: NDArray[np.float64], cov: NDArray[np.float64], count: int | None) -> Self:
+        """Moments that are known already, mean [D] and covariance [D, D]; `count` None is more than D, as one hopes."""
+        moments = cls(len(mean))
+        moments.count, moments.mean = count or len(mean) + 1, mean
+        moments._scatter = cov * (moments.count - 1)
+        return moments
+
     @property
     def dim(self) -> int:
         """Number of features, D."""

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from rae.stages.scoring.baselines import class_means, pixel_gaussian
 from rae.stages.scoring.classifier import FeaturesOf, class_agreement, new_classifier, transfer_accuracy
-from rae.stages.scoring.frechet import frechet_distance
+from rae.stages.scoring.frechet import Moments, frechet_distance
 from rae.stages.scoring.neighbours import prdc
+from rae.stages.scoring.references import Reference
 from rae.stages.sections import EvaluateSection
 from rae.store.errors import ConfigError
 
@@ -39,17 +40,20 @@ def score_generation(
     val_labels: NDArray[np.integer],
     extractor: FeaturesOf,
     config: EvaluateSection,
+    reference: Reference | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Scores by row, then by metric, against the held-out images `val_images`. Images are uint8 [N, H, W, 3].
+    """Scores by row, then by metric, against the held-out images or a reference. Images are uint8 [N, H, W, 3].
 
-    Rows: `samples`, the generated images; `real`, as many training images drawn by `config.seed` (all, if there are
-    fewer); `class_means` and `pixel_gaussian`, baselines made from the training images for the same labels. Metrics:
+    Rows: `samples`, the generated images; `real`, as many other real images drawn by `config.seed` (all, if there are
+    fewer): training images, or held-out ones if the reference is of training images; `class_means` and
+    `pixel_gaussian`, baselines made from the training images for the same labels. Metrics:
 
     - `class_agreement`: a classifier of the kind `config.classifier`, trained on the training images, sees the class
       asked for. In the row `real` it judges the held-out images, since it knows the training images by heart.
     - `transfer_accuracy`: one of the same kind, trained on `config.transfer_images` of the row's images alone, is
       right on held-out images.
-    - `precision`, `recall`, `density`, `coverage`, `frechet_distance`: in the features of `extractor`.
+    - `precision`, `recall`, `density`, `coverage`, `frechet_distance`: in the features of `extractor`. A reference of
+      moments alone gives the last one only.
 
     Where classes mean nothing the first two are left out: with `classifier: none`, if any image has no label (-1), or
     if the training images are all of one class.
@@ -64,7 +68,7 @@ def score_generation(
     samples = LabelledImages(generated, labels)
     rows = {
         "samples": samples,
-        "real": train.draw(len(labels), (config.seed, _REAL)),
+        "real": (val if config.reference_split == "train" else train).draw(len(labels), (config.seed, _REAL)),
         "class_means": LabelledImages(class_means(train.images, train.labels, labels), labels),
         "pixel_gaussian": LabelledImages(pixel_gaussian(train.images, train.labels, labels, config.seed), labels),
     }
@@ -73,11 +77,13 @@ def score_generation(
     if all(of.min() >= 0 for of in (labels, train_labels, val_labels)):
         for row, metric, value in _class_scores(rows, train, val, features_of, config):
             scores[row][metric] = value
-    val_features = features_of(val.images)
+    real_features = features_of(val.images) if reference is None else reference.features_array()
+    moments = Moments.of(features_of(val.images)) if reference is None else reference.moments
     for row, drawn in rows.items():
         features = features_of(drawn.images)
-        scores[row] |= prdc(val_features, features, config.nearest_k)._asdict()
-        scores[row]["frechet_distance"] = frechet_distance(val_features, features)
+        if real_features is not None:
+            scores[row] |= prdc(real_features, features, config.nearest_k)._asdict()
+        scores[row]["frechet_distance"] = frechet_distance(moments, features)
     return scores
 
 
