@@ -49,10 +49,15 @@ class RotaryPositions(nn.Module):
         self.register_buffer("freqs_sin", angles.sin().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, N, K] -> the same, turned."""
-        first, second = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
-        quarter_turn = torch.stack([-second, first], dim=-1).flatten(-2)
-        return x * self.freqs_cos + quarter_turn * self.freqs_sin
+        """[B, H, N, K] -> float32 of the same shape, turned."""
+        if torch.compiler.is_compiling():  # the compiler fuses real arithmetic, and leaves complex numbers alone
+            first, second = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
+            quarter_turn = torch.stack([-second, first], dim=-1).flatten(-2)
+            return x * self.freqs_cos + quarter_turn * self.freqs_sin
+        # A product of complex numbers: half the time of the same written out.
+        turn = torch.complex(self.freqs_cos[:, ::2], self.freqs_sin[:, ::2])
+        pairs = torch.view_as_complex(torch.unflatten(x.float(), -1, (-1, 2)))
+        return torch.view_as_real(pairs * turn).flatten(-2)
 
 
 class Attention(nn.Module):
@@ -69,7 +74,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, positions: RotaryPositions) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         query, key, value = torch.unflatten(self.qkv(x), -1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        # The tables are float32: under autocast they would promote queries and keys beyond the values.
+        # Turned in float32, also under autocast, which gives the values another dtype.
         query = positions(self.q_norm(query)).type_as(value)
         key = positions(self.k_norm(key)).type_as(value)
         attended: Tensor = self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
