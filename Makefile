@@ -11,7 +11,7 @@ PIP_INSTALL = .venv/bin/pip install $(if $(TORCH_INDEX),--extra-index-url $(TORC
 help:
 	@echo "make quickstart   install into .venv and run the whole pipeline on handwritten digits"
 	@echo "make test         install into .venv and run linters, type checks and tests"
-	@echo "make test-faults  thirty kills and full disks of each kind, where 'make test' runs three"
+	@echo "make test-faults  twenty or thirty kills, stops and full disks of each kind, where 'make test' runs three"
 	@echo "make clean        remove .venv; the workspace stays"
 
 quickstart: .venv/installed

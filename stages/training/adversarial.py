@@ -126,8 +126,7 @@ class AdversarialLearner(Trainee[S]):
 
     def _discriminator_step(self, clean: Tensor, batch: S, step: int) -> dict[str, float | Tensor]:
         if step < self.disc_start:
-            nothing = torch.zeros((), device=self.device)
-            return dict.fromkeys(("disc_loss", "logits_real", "logits_fake", "disc_grad_norm"), nothing)
+            return dict.fromkeys(("disc_loss", "logits_real", "logits_fake", "disc_grad_norm"), 0.0)
         vectors = {name: vector.clone() for name, vector in self.heads.named_buffers()}
         try:
             return self._teach_discriminator(clean, batch, step)

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from rae.stages.training.checkpoints import load
 from tests.conftest import FullDisk, Rae
+from tests.faults.test_training import EVERY_LOSS
 
 MOMENTS = 30 if os.environ.get("RAE_FAULTS") == "all" else 3
 NEEDS = {
@@ -42,6 +44,29 @@ def test_work_goes_on_after_a_full_disk(verb: str, finished: Rae, rae_with: Call
         rae.verb(verb).succeeded()
         assert rae.payload(MAKES[verb]) == finished.payload(MAKES[verb]), f"full after {room} of {flushes} flushes"
         assert not list(rae.workspace.rglob("*.partial")), f"full after {room} of {flushes} flushes"
+
+
+def test_a_full_disk_leaves_the_checkpoints_of_an_adversarial_training_whole(
+    rae_with: Callable[..., Rae], disk: FullDisk
+) -> None:
+    case = EVERY_LOSS
+    whole = rae_with(*case.needs)
+    disk.flushes = 0
+    whole.verb(case.verb, *case.options).succeeded()
+    flushes, expected = disk.flushes, whole.payload(case.makes)
+    chance, checked = random.Random("full adversarial"), 0
+    for moment in range(MOMENTS):
+        room = int((moment + chance.random()) / MOMENTS * flushes)
+        rae = rae_with(*case.needs)
+        disk.flushes, disk.room = 0, room
+        rae.verb(case.verb, *case.options).refused(6, f"next: rae {case.verb}")
+        disk.room = None
+        for folder in rae.workspace.glob("objects/decoder/*/attempts/*/checkpoints/step-*"):
+            checked += 1
+            assert load(folder).tensors.keys() == {"model", "ema", "optimizer", "heads", "disc_optimizer"}
+        rae.verb(case.verb, *case.options).succeeded()
+        assert rae.payload(case.makes) == expected, f"full after {room} of {flushes} flushes"
+    assert checked
 
 
 class SmallDisk:

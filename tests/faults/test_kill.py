@@ -1,6 +1,7 @@
 """Processes that are killed at any moment, and processes that do the same work at once: the result is the same.
 
-Three kills or meetings of each kind by default; with RAE_FAULTS=all, 30 kills, 10 meetings.
+Three kills or meetings of each kind by default; with RAE_FAULTS=all, 30 kills, 10 meetings. Trainings are killed in
+test_training.py.
 """
 
 import os
@@ -12,14 +13,13 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import Rae, Warm
+from tests.faults.test_training import TRANSFORMER
 
 ALL = os.environ.get("RAE_FAULTS") == "all"
 KILLS, MEETINGS, CREW_KILLS = (30, 10, 10) if ALL else (3, 3, 1)
 # Each verb with what it needs, what it makes, and settings that make it last.
 WORK = {
     "encode": (("shards",), "latents", ()),
-    "train-decoder": (("shards",), "decoder", ("train_decoder.steps=30", "train_decoder.checkpoint_every=3")),
-    "train-dit": (("shards", "latents"), "dit", ("train_dit.steps=60", "train_dit.checkpoint_every=5")),
     "sample": (("shards", "latents", "decoder", "dit"), "samples", ("sample.num_steps=20", "sample.batch_size=2")),
 }
 
@@ -47,8 +47,7 @@ def test_killed_work_goes_on_to_the_same_result(verb: str, rae_with: Callable[..
 
 def test_work_that_is_killed_again_and_again_goes_on(rae_with: Callable[..., Rae], warm: Warm) -> None:
     """Each attempt takes over from the one before: killed ones must not lose what they inherited."""
-    needs, makes, settings = WORK["train-dit"]
-    options = [word for setting in settings for word in ("-s", setting)]
+    needs, makes, options = TRANSFORMER.needs, TRANSFORMER.makes, TRANSFORMER.options
     rae = rae_with(*needs)
     began = time.monotonic()
     warm.start(rae.words("train-dit", *options)).wait().succeeded()
