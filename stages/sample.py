@@ -31,7 +31,7 @@ def run(section: SampleSection, dit: Path, decoder: Path, guide: Path | None, jo
 
     `section.weights` are those of a guide, too.
     """
-    model = Dit.load(dit, section.weights, job.device)
+    model = Dit.load(dit, section.weights, job.device, section.ema_sigma_rel)
     decode = Decoder.load(decoder, device=job.device)
     check_compatible(model.about.encoder, decode.encoder)
     weaker = Dit.load(guide, section.weights, job.device) if guide is not None else None

@@ -36,3 +36,4 @@ Location = Annotated[str | None, Runtime]  # a path, REF or hub id: recipes hold
 Start = Annotated[float, Field(ge=0)]
 StartStep = Annotated[int | None, Field(ge=0)]
 Precision = Literal["float32", "bf16"]
+SigmaRel = Annotated[float, Field(gt=0.01, lt=0.28)]  # of a power-function average: below 12^-0.5, a plain mean's

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from rae.stages.section import Fraction, Location, Positive, Precision, Rate, Runtime, Section
+from rae.stages.section import Fraction, Location, Positive, Precision, Rate, Runtime, Section, SigmaRel
 
 
 class ShardsSection(Section):
@@ -109,7 +109,8 @@ class SampleSection(Section):
     `dit` and `decoder` are REFs to others than this configuration trains; `guide` is one to a weaker transformer, which
     takes the place of the unlabelled prediction in guidance (autoguidance), or `step=N` for the milestone of the
     transformer itself. `num_steps` counts points of the time grid, one more than steps. An option that its sampler or
-    its guidance leaves without effect is refused, so that equal results have equal recipes.
+    its guidance leaves without effect is refused, so that equal results have equal recipes. `ema_sigma_rel` takes the
+    transformer's power-function average of this length in place of its EMA (`train_dit.ema_sigma_rel`).
 
     `guidance_scale` may be a list: samples and scores are then made at each, of the same noise, every scale's an
     artifact of its own that is called NAME-guidanceSCALE; the first keeps the configuration's name.
@@ -133,12 +134,14 @@ class SampleSection(Section):
     further_scales: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Runtime] = ()
     guidance_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     weights: Literal["ema", "model"] = "ema"
+    ema_sigma_rel: SigmaRel | None = None
     batch_size: Positive = 64
     precision: Precision = "float32"
 
     def in_recipe(self) -> dict[str, Any]:
-        """Without the options of other samplers."""
-        return {key: value for key, value in super().in_recipe().items() if self._is_used(key)}
+        """Without the options of other samplers, and an average that is not asked for."""
+        idle = {"ema_sigma_rel"} if self.ema_sigma_rel is None else set()
+        return {key: value for key, value in super().in_recipe().items() if self._is_used(key) and key not in idle}
 
     def at_scale(self, guidance_scale: float) -> Self:
         """These settings at one of the further scales; at 1, which is no guidance, without what belongs to it."""
@@ -183,6 +186,8 @@ class SampleSection(Section):
         for option in ("guide", "guidance_interval"):
             if self._is_changed(option) and self.guidance_scale == 1:
                 raise ValueError(f"`{option}` has no effect at `guidance_scale` 1, which is no guidance")
+        if self.ema_sigma_rel is not None and self.weights == "model":
+            raise ValueError("`ema_sigma_rel` is the length of an average, and `weights: model` is none")
         if self.guidance_interval[0] >= self.guidance_interval[1]:
             raise ValueError(
                 f"`guidance_interval` {list(self.guidance_interval)} is empty; it is [least time, greatest]"

@@ -14,6 +14,7 @@ from rae.stages.models.trained import DitDescription, dit_payload, read_encoder
 from rae.stages.models.transport import Transport, auto_shift
 from rae.stages.training.beginning import begin_dit
 from rae.stages.training.dry_run import Training
+from rae.stages.training.ema import PowerEMAs
 from rae.stages.training.loop import Learner
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
@@ -79,7 +80,9 @@ def prepare(section: TrainDitSection, latents: Artifact, beginning: Beginning, k
     dit.grad_checkpoint = section.grad_checkpoint
     if beginning.init_from is not None:
         begin_dit(dit, beginning.init_from, section.init_weights)
-    learner = Learner(dit, loss, section, rows=len(store), ranks=ranks, device=device)
+    lengths, every = section.ema_sigma_rel, section.ema_snapshot_every
+    averages = PowerEMAs(dit.to(device), lengths, every) if every is not None else None
+    learner = Learner(dit, loss, section, rows=len(store), ranks=ranks, device=device, power_emas=averages)
     stats = torch.from_numpy(store.stats.mean).float(), torch.from_numpy(store.stats.variance).float()
     return Training(learner, batch, section, dit_payload(about, stats), len(store), ranks)
 

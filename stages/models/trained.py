@@ -20,7 +20,8 @@ from rae.stages.models.decoder import DecoderConfig, ViTDecoder, noise_tokens, u
 from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.encoders import Encoder
 from rae.stages.models.payload import Payload
-from rae.stages.models.saving import digest_weights, load_weights, read_tensors, read_weights
+from rae.stages.models.power_ema import reconstruct
+from rae.stages.models.saving import check_weights, digest_weights, load_weights, read_tensors, read_weights
 from rae.stages.models.transport import Transport, create_transport, named
 from rae.store.errors import CorruptData, MissingInput, StaleInput
 from rae.store.manifest import Json, differing_fields
@@ -106,11 +107,17 @@ class Dit(nn.Module):
         return unwhiten(whitened, self.mean, self.var)
 
     @classmethod
-    def load(cls, folder: Path, weights: Weights = "ema", device: str = "cpu") -> Self:
-        """Read what `save_dit` wrote."""
+    def load(
+        cls, folder: Path, weights: Weights = "ema", device: str = "cpu", ema_sigma_rel: float | None = None
+    ) -> Self:
+        """Read what `save_dit` wrote; with the power-function average of this length, if one is given, for weights."""
         about = DitDescription.from_json(read_about(folder / "dit.json", "config", "transport", "encoder", "classes"))
         model = build_dit(about.config)
         load_weights(model, _weights_file(folder, weights))
+        if ema_sigma_rel is not None:
+            average = reconstruct(folder, ema_sigma_rel)
+            check_weights(average, dict(model.named_parameters()), f"{folder}'s snapshots")
+            model.load_state_dict(average, strict=False)
         mean, var = read_latent_stats(folder, about.config.in_channels, about.config.input_size)
         return cls(model, about, mean, var).to(device)
 

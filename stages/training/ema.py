@@ -1,9 +1,15 @@
-"""Exponential moving average of the weights: the model that is published."""
+"""Averages of the weights: the exponential one is published; power-function ones are kept for a choice afterwards."""
 
 import copy
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from rae.stages.models.power_ema import FOLDER, decay, exponent, find_snapshots, save_snapshot
 
 
 class EMA:
@@ -24,3 +30,48 @@ class EMA:
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
         for copied, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
             copied.copy_(buffer)
+
+
+class PowerEMAs:
+    """Averages of several lengths `sigma_rel` (`rae.stages.models.power_ema`), with a snapshot every so many steps.
+
+    Each is one more copy of the weights in memory, and in every snapshot.
+    """
+
+    def __init__(self, model: nn.Module, sigma_rels: Sequence[float], snapshot_every: int) -> None:
+        self._averages = {sigma_rel: EMA(model, 0.0) for sigma_rel in sigma_rels}
+        self._snapshot_every = snapshot_every
+
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move towards `model` as it is after step `step`, counted from 1."""
+        for sigma_rel, average in self._averages.items():
+            average.decay = decay(step, exponent(sigma_rel))
+            average.update(model)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint must hold to continue."""
+        averages = enumerate(self._averages.values())
+        return {f"power_ema_{number}": average.model.state_dict() for number, average in averages}
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what `tensors` gave."""
+        for number, average in enumerate(self._averages.values()):
+            average.model.load_state_dict(tensors[f"power_ema_{number}"])
+
+    def save(self, attempt: Path, step: int, last: bool) -> None:
+        """Write a snapshot, if one is due after `step` steps or these are the last."""
+        if last or step % self._snapshot_every == 0:
+            for sigma_rel, average in self._averages.items():
+                save_snapshot(attempt, step, sigma_rel, dict(average.model.named_parameters()))
+
+    def take_over(self, attempt: Path, earlier: Path, step: int) -> None:
+        """Bring the snapshots up to `step` from the attempt that training goes on from; they are never changed."""
+        (attempt / FOLDER).mkdir(exist_ok=True)
+        for path, (at, _) in find_snapshots(earlier).items():
+            target = attempt / FOLDER / path.name
+            # Not the last one of a run that is continued, unless one is due there.
+            if at <= step and at % self._snapshot_every == 0 and not target.exists():
+                try:
+                    os.link(path, target)
+                except OSError:  # another file system, or one without links
+                    shutil.copyfile(path, target)

@@ -20,7 +20,7 @@ from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.payload import Payload
 from rae.stages.training.checkpoints import Groups, load, newest
 from rae.stages.training.data import prefetch
-from rae.stages.training.ema import EMA
+from rae.stages.training.ema import EMA, PowerEMAs
 from rae.stages.training.metrics_log import Meter, MetricsLog
 from rae.stages.training.optimizer import (
     build_optimizer,
@@ -59,7 +59,10 @@ class Trainee(ABC, Generic[B]):
     """A module in training with its optimizer, schedule and EMA: what `train` steps, saves and restores.
 
     `forward` is the module with gradients averaged over ranks; calling it rather than the module trains all alike.
+    `power_emas` are averages to choose from afterwards, if there are to be any.
     """
+
+    power_emas: PowerEMAs | None = None
 
     def __init__(
         self, model: nn.Module, section: TrainingSection, *, rows: int, ranks: Ranks, device: torch.device
@@ -102,6 +105,7 @@ class Trainee(ABC, Generic[B]):
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.model),
+            **(self.power_emas.tensors() if self.power_emas is not None else {}),
         }
 
     def restore(self, tensors: Groups) -> None:
@@ -115,6 +119,8 @@ class Trainee(ABC, Generic[B]):
         self.model.load_state_dict(tensors["model"])
         self.ema.model.load_state_dict(tensors["ema"])
         load_optimizer(self.optimizer, self.model, tensors["optimizer"])
+        if self.power_emas is not None:
+            self.power_emas.restore(tensors)
 
 
 class Learner(Trainee[B]):
@@ -132,9 +138,10 @@ class Learner(Trainee[B]):
         rows: int,
         ranks: Ranks,
         device: torch.device,
+        power_emas: PowerEMAs | None = None,
     ) -> None:
         super().__init__(model, section, rows=rows, ranks=ranks, device=device)
-        self.loss = loss
+        self.loss, self.power_emas = loss, power_emas
         if section.compile:
             self.forward.compile()
 
@@ -150,6 +157,8 @@ class Learner(Trainee[B]):
         check = self.check_norm("grad_norm", batch, step)
         norm = descend(self.optimizer, self.model, self.rate(step), self.section.clip_grad, check)
         self.ema.update(self.model)
+        if self.power_emas is not None:
+            self.power_emas.update(self.model, step + 1)
         return {"loss": value, **numbers, "grad_norm": norm}
 
 
@@ -199,6 +208,7 @@ def train(
     check_milestones(job.milestones, done, total)
     results = Results(learner, payload, meter, section, per_epoch, job)
     if ranks.is_main:
+        results.take_over(attempt, done)
         results.milestone(done)
     log = MetricsLog(job.folder, done, attempt) if ranks.is_main else None
     steps = range(done, total)
@@ -232,6 +242,7 @@ def train(
             stop = ranks.any(job.stopping())
             saves = stop or done % section.checkpoint_every == 0 or done == total
             if ranks.is_main:
+                results.snapshot(done, total)
                 results.milestone(done)
             if saves:
                 meter.sums = _mean(meter.sums, ranks)

@@ -8,8 +8,9 @@ from torch import nn
 
 from rae.stages.job import Job, Result
 from rae.stages.models.payload import Payload
+from rae.stages.models.power_ema import find_snapshots
 from rae.stages.training.checkpoints import Groups, files_of, save
-from rae.stages.training.ema import EMA
+from rae.stages.training.ema import EMA, PowerEMAs
 from rae.stages.training.metrics_log import Meter
 from rae.stages.training.sections import TrainingSection
 from rae.store.errors import ConfigError
@@ -20,6 +21,7 @@ class Trained(Protocol):
 
     model: nn.Module
     ema: EMA
+    power_emas: PowerEMAs | None
 
     def tensors(self) -> Groups:
         """What a checkpoint must hold to continue."""
@@ -48,10 +50,21 @@ class Results:
         if self._job.publish is not None and done in self._job.milestones:
             self._job.publish(done, lambda folder: self._payload_of(done, folder))
 
+    def snapshot(self, done: int, total: int) -> None:
+        """Keep the averages whose length is chosen later, where a snapshot of them is due."""
+        if self._learner.power_emas is not None:
+            self._learner.power_emas.save(self._job.folder, done, last=done == total)
+
+    def take_over(self, attempt: Path | None, done: int) -> None:
+        """Bring what the attempt that training goes on from has kept of its first `done` steps."""
+        if self._learner.power_emas is not None and attempt is not None:
+            self._learner.power_emas.take_over(self._job.folder, attempt, done)
+
     def finished(self, done: int, numbers: Mapping[str, float]) -> Result:
         """The payload of the whole training, with its last checkpoint and its log, all in this attempt."""
         result = self._payload_of(done, self._job.folder)
-        files = (*result.files, self._job.folder / "metrics.jsonl", *files_of(self.checkpoint(done)))
+        kept = self._job.folder / "metrics.jsonl", *find_snapshots(self._job.folder)
+        files = (*result.files, *kept, *files_of(self.checkpoint(done)))
         return Result(result.content, {**result.metrics, **numbers}, files)
 
     def _payload_of(self, done: int, folder: Path) -> Result:

@@ -5,7 +5,18 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rae.stages.models.sizes import DIT_SIZES, VIT_SIZES, expand_size
-from rae.stages.section import Fraction, Location, Positive, Precision, Rate, Runtime, Section, Start, StartStep
+from rae.stages.section import (
+    Fraction,
+    Location,
+    Positive,
+    Precision,
+    Rate,
+    Runtime,
+    Section,
+    SigmaRel,
+    Start,
+    StartStep,
+)
 from rae.store.errors import ConfigError
 
 
@@ -204,6 +215,9 @@ class TrainDitSection(TrainingSection):
     For `DiT-DH`, `hidden_size`, `depth` and `num_heads` are pairs: body, head. For `LightningDiT` one number each.
     `size` S, B, L or XL stands for all three. `shuffle: windowed` permutes the store's parts, and the rows of every
     `window_parts` of them: for disks that are slow at random reads.
+
+    `ema_sigma_rel` are lengths of power-function averages (EDM2, section 3) that are tracked beside the EMA, and kept
+    every `ema_snapshot_every` steps, so that `sample.ema_sigma_rel` can be any length afterwards: [0.05, 0.1].
     """
 
     shorthands = ("size",)
@@ -224,15 +238,29 @@ class TrainDitSection(TrainingSection):
     loss_weight: Literal["velocity", "likelihood"] | None = None
     time_dist_type: Literal["uniform", "logit-normal"] = "uniform"
     time_dist_shift: Rate | Literal["auto"] = "auto"
+    ema_sigma_rel: tuple[SigmaRel, ...] = ()
+    ema_snapshot_every: Positive | None = None
     allow_narrow: Annotated[bool, Runtime] = False
     allow_crops: Annotated[bool, Runtime] = False
 
     def in_recipe(self) -> dict[str, Any]:
-        """Without the windows of an order that has none."""
+        """Without the windows of an order that has none, and averages that nothing is kept of."""
         settings = super().in_recipe()
+        if not self.ema_sigma_rel:
+            del settings["ema_sigma_rel"], settings["ema_snapshot_every"]
         if self.shuffle == "global":
             del settings["window_parts"]
         return settings
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        if bool(self.ema_sigma_rel) != (self.ema_snapshot_every is not None):
+            raise ValueError("`ema_sigma_rel` are kept every `ema_snapshot_every` steps: give both, or neither")
+        if self.ema_sigma_rel and len(set(self.ema_sigma_rel)) < 2:
+            raise ValueError("`ema_sigma_rel` needs two lengths or more to make others of, such as [0.05, 0.1]")
+        if len(set(self.ema_sigma_rel)) < len(self.ema_sigma_rel):
+            raise ValueError(f"`ema_sigma_rel` {list(self.ema_sigma_rel)} has a length twice")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -12,7 +12,7 @@ import torch
 import rae as api
 from rae.store.artifacts import Workspace
 from rae.store.errors import MissingInput
-from tests.conftest import Rae, Warm
+from tests.conftest import TINY, Rae, Warm
 from tests.pipeline.interchange.released import Release
 
 WITH = Callable[..., Rae]
@@ -277,3 +277,23 @@ def test_a_list_of_scales_makes_samples_and_scores_of_each_from_the_same_noise(r
     rae.verb("sample", *guided).succeeded()
     assert rae.artifact("samples/tiny-guidance1")["id"] == other["id"]
     rae.verb("sample", *settings(sample__guidance_scale="[1.5,1.5]")).refused(2, "has a scale twice")
+
+
+def test_the_length_of_the_average_is_chosen_after_the_run(rae_with: WITH) -> None:
+    rae = rae_with("shards", "latents", "decoder")
+    tracked = settings(train_dit__ema_sigma_rel="[0.05,0.1]", train_dit__ema_snapshot_every=2)
+    rae.verb("train-dit", *tracked).succeeded()
+    kept = list(rae.workspace.glob("objects/dit/*/attempts/*/ema_snapshots/step-*.safetensors"))
+    assert len(kept) == 2 * TINY["train_dit"]["steps"] // 2
+    rae("verify", "dit/tiny", "-w", rae.workspace).succeeded()
+    made = {}
+    for sigma_rel in ("null", 0.05, 0.2):
+        chosen = settings(sample__ema_sigma_rel=sigma_rel)
+        made[sigma_rel] = rae.verb("sample", *tracked, *chosen, "--json").succeeded().json
+    assert len({one["id"] for one in made.values()}) == len({one["content"] for one in made.values()}) == 3
+    rae.verb("sample", *tracked, *settings(sample__ema_sigma_rel=0.3)).refused(2, "ema_sigma_rel")
+
+
+def test_a_length_of_a_run_that_kept_no_averages_is_refused(rae_with: WITH) -> None:
+    rae = rae_with("shards", "latents", "decoder", "dit")
+    rae.verb("sample", *settings(sample__ema_sigma_rel=0.1)).refused(3, "keeps no snapshots")
