@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -154,6 +155,11 @@ class Bucket:
 
         The library sends again what was refused or not answered at all; here are those whose answer broke off.
         """
+        if _parents_runtime:
+            raise ConfigError(
+                f"{self.place} can't be read in a process that was forked from one that read from a bucket: start"
+                " workers with multiprocessing_context='spawn', or read batches in threads"
+            )
         began = time.monotonic()
         for attempt in range(_ATTEMPTS):
             try:
@@ -188,6 +194,18 @@ class Bucket:
                     " has none of its own"
                 ) from error
             raise PartialResult(f"{where} does not answer ({_reason(error)}); what is done is kept") from error
+
+
+_parents_runtime: list[int] = []
+
+
+def _forked() -> None:
+    """The library's threads stay with the parent, and requests of the child would wait for them for ever."""
+    if "obstore" in sys.modules:
+        _parents_runtime.append(os.getppid())
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _patience_s() -> float:

@@ -14,8 +14,11 @@ from rae.store.compression import decompress
 from rae.store.errors import CorruptData
 from rae.store.formats import StoredArray
 from rae.store.layout import LatentLayout
+from rae.store.mirror import Mirror, mirror_at
 from rae.store.order import IntArray
 from rae.store.parallel import sliced
+from rae.store.remote_rows import Nearby
+from rae.store.remote_shard import open_remote_shard
 from rae.store.stored_part import open_shard
 from rae.store.zarr_shard import Shard, check_size
 
@@ -38,7 +41,9 @@ class RowReader:
         self._layout, self._has_holes = layout, has_holes
         self.first_row = np.concatenate([[0], np.cumsum(rows)])  # of each part, and one behind the last
         self._buffers = Buffers()
-        self._shard = lru_cache(_open_files() // 2)(partial(_open_shard, folder, layout, sizes, rows))
+        mirror = mirror_at(folder)
+        self._shard = lru_cache(_open_files() // 2)(partial(_open_shard, folder, mirror, layout, sizes, rows))
+        self._nearby = Nearby(self._shard, layout.arrays) if mirror is not None else None
 
     def __len__(self) -> int:
         return int(self.first_row[-1])
@@ -62,6 +67,8 @@ class RowReader:
         chosen = np.broadcast_to(views, parts.shape)
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < layout.views:
             raise IndexError(f"a store of {layout.views} view(s) was asked for views {chosen.min()} to {chosen.max()}")
+        if self._nearby is not None:
+            self._nearby.bring(zip(parts.tolist(), places.tolist(), chosen.tolist(), strict=True))
         chunks = [self._buffers.take((parts.size, layout.chunk_bytes(array)), np.uint8) for array in arrays]
         stored = [
             chunk.view(array.dtype).reshape(-1, *layout.chunk_shape(array))
@@ -95,17 +102,30 @@ class RowReader:
     def announce(self, rows: IntArray, views: IntArray) -> None:
         """Ask the system to read these rows ahead; returns at once."""
         parts, places = self.places(rows)
+        if self._nearby is not None:
+            self._nearby.begin(zip(parts.tolist(), places.tolist(), views.tolist(), strict=True))
+            return
         for part, place, view in zip(parts.tolist(), places.tolist(), views.tolist(), strict=True):
             for array in self._layout.arrays:
                 self._shard(part, array).announce(place, view)
 
 
 def _open_shard(
-    folder: Path, layout: LatentLayout, sizes: dict[str, IntArray], rows: IntArray, part: int, array: StoredArray
+    folder: Path,
+    mirror: Mirror | None,
+    layout: LatentLayout,
+    sizes: dict[str, IntArray],
+    rows: IntArray,
+    part: int,
+    array: StoredArray,
 ) -> Shard:
     """A part's shard in one array, of the size and the number of rows that the store lists for it."""
-    check_size(folder / layout.shard_key(part, array.name), int(sizes[array.name][part]))
-    shard = open_shard(folder, layout, part, array)
+    key, size = layout.shard_key(part, array.name), int(sizes[array.name][part])
+    if mirror is not None and not (folder / key).exists():
+        shard: Shard = open_remote_shard(mirror, layout, part, array, size)
+    else:
+        check_size(folder / key, size)
+        shard = open_shard(folder, layout, part, array)
     if shard.valid_rows.size != rows[part]:
         raise CorruptData(f"{shard.path} holds {shard.valid_rows.size} rows and is listed with {rows[part]}")
     return shard

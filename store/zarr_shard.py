@@ -52,6 +52,11 @@ def check_size(path: Path, size: int) -> None:
         raise CorruptData(f"the shard {path} has {found} bytes and was recorded with {size}")
 
 
+def index_size(rows: int, views: int) -> int:
+    """Bytes of the table behind a shard's chunks, with its checksum."""
+    return rows * views * 16 + _CRC_BYTES
+
+
 class ShardWriter:
     """Streams the inner chunks of one shard into `file`; memory does not grow with the shard."""
 
@@ -92,7 +97,7 @@ class Shard:
 
     def __init__(self, path: Path, rows: int, views: int, chunk_bytes: int | None) -> None:
         self.path = path
-        index_bytes = rows * views * 16 + _CRC_BYTES
+        index_bytes = index_size(rows, views)
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
@@ -103,10 +108,15 @@ class Shard:
             raise CorruptData(f"{path} is truncated: {size} bytes, and its index alone takes {index_bytes}")
         footer = np.empty(index_bytes, np.uint8)
         self._read(size - index_bytes, footer)
+        self._set_index(footer, rows, views, size - index_bytes, chunk_bytes)
+
+    def _set_index(
+        self, footer: npt.NDArray[np.uint8], rows: int, views: int, payload: int, chunk_bytes: int | None
+    ) -> None:
         index = np.frombuffer(footer, "<u8", rows * views * 2).reshape(rows, views, 2)
         if crc32c(index) != int.from_bytes(footer[-_CRC_BYTES:].tobytes(), "little"):
-            raise CorruptData(f"{path} is truncated or damaged: the checksum of its index does not hold")
-        self._check_index(index, size - index_bytes, chunk_bytes)
+            raise CorruptData(f"{self.path} is truncated or damaged: the checksum of its index does not hold")
+        self._check_index(index, payload, chunk_bytes)
         self._offsets, self._sizes = index[..., 0], index[..., 1]
 
     def _check_index(self, index: npt.NDArray[np.uint64], payload: int, chunk_bytes: int | None) -> None:

@@ -48,7 +48,7 @@ def test_a_second_push_sends_nothing(trained: Rae, s3) -> None:
 def test_a_push_that_broke_off_shows_nothing_and_goes_on_where_it_was(trained: Rae, s3, monkeypatch) -> None:
     place = s3.place()
     monkeypatch.setenv("RAE_REMOTE_PATIENCE_S", "0.2")
-    with s3.failing(after=12):
+    with s3.failing(after=16):
         push(trained, place).refused(6, "what is done is kept", "rae push dit/tiny")
     stored = {one.key: one.bytes for one in open_objects(place).below("")}
     assert len(stored) > 3
@@ -57,7 +57,7 @@ def test_a_push_that_broke_off_shows_nothing_and_goes_on_where_it_was(trained: R
     push(trained, place).succeeded()
     sent = {path.removeprefix("/bucket/") for method, path in s3.requests if method == "PUT"}
     prefix = place.removeprefix("s3://bucket/")
-    kept = {f"{prefix}/{key}" for key in stored if "/latents/c/" in key or key.endswith(".npz")}
+    kept = {f"{prefix}/{key}" for key in stored if key.startswith("objects/") and not key.endswith("claim.json")}
     assert kept
     assert not sent & kept
 
@@ -101,6 +101,25 @@ def test_a_name_that_means_something_else_there_keeps_its_meaning(trained: Rae, 
     open_objects(place).create("refs/dit/tiny.json", b'{"id": "0123456789abcdef"}')
     assert "goes on to" in push(trained, place).succeeded().out
     assert open_objects(place).read("refs/dit/tiny.json") == b'{"id": "0123456789abcdef"}'
+
+
+@pytest.mark.parametrize("there", ["upstream", "workspace"])
+def test_a_transformer_learns_the_same_from_latents_in_a_bucket(
+    finished: Rae, rae: Rae, s3, there: str, monkeypatch
+) -> None:
+    place = s3.place()
+    finished("push", "latents/tiny", "--to", place, "-w", finished.workspace).succeeded()
+    if there == "upstream":
+        monkeypatch.setenv("RAE_UPSTREAMS", place)
+    else:
+        rae.workspace = place
+    ran = rae.verb("train-dit", "--json").succeeded()
+    assert ran.json["content"] == finished.content("dit")
+    assert any(method == "GET" and "/latents/c/" in path for method, path in s3.requests)
+    assert not list(s3.cache.rglob("latents/c/*"))
+    if there == "workspace":
+        assert Workspace(place).resolve("dit/tiny").manifest.content == finished.content("dit")
+        assert not list(Workspace(place).unfinished())
 
 
 @pytest.mark.parametrize("how", ["environment", "file"])
