@@ -81,3 +81,26 @@ def official_config_command(
     out.write_text(text, encoding="utf-8")
     for line in (*reading.notes, *(f"next: {command}" for command in reading.commands), f"wrote {out}"):
         print(line)
+
+
+@import_app.command("adm-npz")
+def adm_npz_command(
+    file: Annotated[Path, typer.Argument(help="ADM's statistics: an .npz with mu and sigma.")],
+    name: Annotated[str, typer.Option(help="What reference/NAME will mean.")],
+    split: Annotated[
+        Literal["train", "val"],
+        typer.Option(help="Of which images: those that generators learn from, or held-out ones."),
+    ],
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    restart: Restart = False,
+) -> None:
+    """Import moments of real images as a reference, taken at the word of whoever made them."""
+    from rae.pipeline.interchange.import_adm_npz import import_adm_npz
+    from rae.store.artifacts import Workspace
+
+    options = options_for(as_json, quiet, restart, device="cpu")
+    made = import_adm_npz(file, name, split, Workspace(workspace), options)
+    if as_json:
+        options.console.print_json(made.to_json())

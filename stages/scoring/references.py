@@ -88,9 +88,13 @@ def make_reference(extractor: Extractor, images: ImageSet, split: Split, image_s
 
 
 def save_asserted(
-    folder: Path, about: ReferenceDescription, mean: NDArray[np.float64], cov: NDArray[np.float64]
+    folder: Path, about: ReferenceDescription, mean: NDArray[np.float64], cov: NDArray[np.float64], where: str
 ) -> Result:
-    """Write moments that somebody else computed: mean [D] and covariance [D, D]."""
+    """Write moments that somebody else computed: mean [D] and covariance [D, D].
+
+    Raises CorruptData, naming `where`, if they are no moments.
+    """
+    check_moments(mean, cov, where)
     files, content = _save(folder, about, mean, cov, "")
     return Result(content, {"dimensions": len(mean)}, files)
 
