@@ -2,12 +2,12 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from rae.stages.images import BadImage, center_crop, decode
 from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.encoders import describe, load_encoder
 from rae.stages.models.perceptual import EncoderDistance, LpipsDistance, build_perceptual
@@ -15,17 +15,17 @@ from rae.stages.models.pixels import to_uint8, to_unit
 from rae.stages.models.trained import Autoencoder, Decoder, check_compatible
 from rae.stages.models.weights import EncoderSource
 from rae.stages.scoring.extractors import Extractor
+from rae.stages.scoring.image_sets import ImageSet, SampleImages, SourceImages
 from rae.stages.scoring.load_extractor import load_extractor
 from rae.stages.scoring.reconstruction import ReconstructionScores
 from rae.stages.scoring.reference_files import check_reference, read_description
 from rae.stages.scoring.references import Reference
-from rae.stages.scoring.scores import score_generation
+from rae.stages.scoring.scores import FEATURES, GenerationScores
 from rae.stages.sections import EvaluateSection
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
 from rae.store.errors import CorruptData
 from rae.store.manifest import Artifact, Json, Manifest, canonical
-from rae.store.samples import read_batches
 from rae.store.shards import Source
 
 RECONSTRUCTIONS, BY_LATENT_NOISE = "reconstructions.npz", "latent_noise.npz"  # what the report shows
@@ -42,29 +42,40 @@ def run(
     reference: Artifact | None,
     job: Job,
 ) -> Result:
-    """Score the decoder on held-out images, and the samples, if there are any, against these or a `reference`."""
-    if not Ranks.from_environment().is_main:
-        return NOTHING
+    """Score the decoder on held-out images, and the samples, if there are any, against these or a `reference`.
+
+    Every rank takes its share of the features; the first does the rest. Images are read as they are needed.
+    """
+    ranks = Ranks.from_environment()
     decoding = Decoder.load(decoder.payload, device=job.device)
     known = decoding.encoder
     encoder = load_encoder(encoder_source, known["input_size"], known["feature_index"], job.device)
     check_compatible(describe(encoder), known, "this encoder")
-    size = decoding.image_size
-    extractor = _extractor(section, job) if samples is not None else None
-    if reference is not None and extractor is not None:
-        check_reference(reference, extractor.protocol(), section.reference_split, size)
-    val_images, val_labels = load_images(held_out, size, job, "held-out images")
+    val = SourceImages(held_out, decoding.image_size)
+    generation = None
+    if samples is not None:
+        extractor = _extractor(section, job)
+        against = None
+        if reference is not None:
+            check_reference(reference, extractor.protocol(), section.reference_split, decoding.image_size)
+            against = Reference.load(reference)
+        sets = SampleImages(samples.payload, samples.manifest.content), SourceImages(train, decoding.image_size), val
+        generation = GenerationScores(*sets, extractor, section, job, ranks, against)
+    if not ranks.is_main:
+        return NOTHING
     distance = build_perceptual(section.perceptual_distance, encoder, section.lpips_weights)
     distance = distance.to(job.device) if distance is not None else None
-    by_level = _score_reconstructions(section, Autoencoder(encoder, decoding), distance, val_images, job)
+    by_level, scored = _score_reconstructions(section, Autoencoder(encoder, decoding), distance, val, job)
     scores: Json = {"reconstruction": by_level[0.0]}
     metrics = {f"reconstruction_{name}": value for name, value in by_level[0.0].items()}
+    tried = min(section.reconstructions, len(val.labels))
+    usable = len(generation.held_out) if generation is not None else len(val.labels) - (tried - scored)
     protocol: Json = {
         "held_out_digest": hashlib.sha256(canonical(held_out.digests)).hexdigest(),
-        "held_out_images": len(val_images),
-        "held_out_unusable": len(held_out) - len(val_images),
-        "image_size": size,
-        "reconstructions": min(len(val_images), section.reconstructions),
+        "held_out_images": usable,
+        "held_out_unusable": len(held_out) - usable,
+        "image_size": decoding.image_size,
+        "reconstructions": scored,
         "seed": section.seed,
     }
     if distance is not None:
@@ -76,57 +87,23 @@ def run(
             for level in section.latent_noise
             for name, value in by_level[level].items()
         }
-    if samples is not None and extractor is not None:
-        rows, measured_with = _score_samples(section, train, val_images, val_labels, samples, reference, extractor, job)
-        scores["generation"] = rows
-        metrics |= rows["samples"]
-        protocol |= measured_with
+    if samples is not None and generation is not None:
+        scores["generation"] = generation.rows()
+        metrics |= scores["generation"]["samples"]
+        protocol |= generation.protocol()
+        protocol |= {"reference": _reference_card(reference, section), "sample": drawn_with(samples.manifest)}
     scores["protocol"] = protocol
     path = job.folder / "scores.json"
     path.write_text(json.dumps(scores, indent=1, sort_keys=True, allow_nan=False))
     content = hashlib.sha256(canonical(scores)).hexdigest()
     pictures = [RECONSTRUCTIONS, *([BY_LATENT_NOISE] if section.latent_noise else [])]
+    shutil.rmtree(job.folder / FEATURES, ignore_errors=True)
     return Result(content, metrics, (path, *(job.folder / name for name in pictures)))
 
 
 def _extractor(section: EvaluateSection, job: Job) -> Extractor:
-    return load_extractor(
-        section.extractor,
-        section.extractor_weights,
-        section.extractor_input_size,
-        job.device,
-        section.extractor_sha256,
-    )
-
-
-def _score_samples(
-    section: EvaluateSection,
-    train: Source,
-    val_images: np.ndarray,
-    val_labels: np.ndarray,
-    samples: Artifact,
-    reference: Artifact | None,
-    extractor: Extractor,
-    job: Job,
-) -> tuple[dict[str, dict[str, float]], Json]:
-    """Rows of scores, samples and baselines, and the protocol that they were taken under."""
-    train_images, train_labels = load_images(train, val_images.shape[1], job, "training images")
-    generated, labels = load_samples(samples)
-    against = Reference.load(reference) if reference is not None else None
-    rows = score_generation(
-        generated, labels, train_images, train_labels, val_images, val_labels, extractor, section, against
-    )
-    balance = zip(*np.unique(labels, return_counts=True), strict=True)
-    return rows, {
-        "extractor": extractor.protocol(),
-        "reference": _reference_card(reference, section),
-        "images": len(generated),
-        "labels": {str(label): int(count) for label, count in balance},
-        "classifier": section.classifier,
-        "transfer_images": section.transfer_images,
-        "nearest_k": section.nearest_k,
-        "sample": drawn_with(samples.manifest),
-    }
+    weights, sha256 = section.extractor_weights, section.extractor_sha256
+    return load_extractor(section.extractor, weights, section.extractor_input_size, job.device, sha256)
 
 
 def _reference_card(reference: Artifact | None, section: EvaluateSection) -> Json:
@@ -150,59 +127,46 @@ def drawn_with(samples: Manifest) -> Json:
     return {**samples.config["sample"], **shift, **({"guide": guide["id"]} if guide else {})}
 
 
-def load_images(source: Source, size: int, job: Job, unit: str) -> tuple[np.ndarray, np.ndarray]:
-    """Every usable image as uint8 [N, size, size, 3], centre-cropped, and the labels [N]; -1 is none."""
-    images, labels = [], []
-    for row in range(len(source)):
-        if source.reason(row) is None:
-            try:
-                images.append(center_crop(decode(source.read(row)), size))
-            except BadImage:
-                continue  # counted in the protocol; of a training image, the latents' index has the reason
-            labels.append(int(source.labels[row]))
-        job.progress(row + 1, len(source), unit)
-        job.check_stop()
-    if not images:
-        raise CorruptData(f"none of the {len(source)} {unit} can be decoded")
-    return np.stack(images), np.array(labels, np.int64)
-
-
-def load_samples(samples: Artifact) -> tuple[np.ndarray, np.ndarray]:
-    """The images uint8 [N, S, S, 3] and labels [N] of a samples artifact, in index order."""
-    batches = list(read_batches(samples.payload))
-    return np.concatenate([batch.images for batch in batches]), np.concatenate([batch.labels for batch in batches])
-
-
 def _score_reconstructions(
     section: EvaluateSection,
     autoencoder: Autoencoder,
     distance: LpipsDistance | EncoderDistance | None,
-    images: np.ndarray,
+    images: ImageSet,
     job: Job,
-) -> dict[float, dict[str, float]]:
+) -> tuple[dict[float, dict[str, float]], int]:
     """Scores of encode-decode on the first held-out images, by the level of noise on their tokens; 0 is always there.
 
-    Writes the pictures that the report shows.
+    Also how many were scored. Writes the pictures that the report shows.
     """
-    originals = images[: section.reconstructions]
-    shown = _spread(len(originals), _SHOWN)
+    count = min(section.reconstructions, len(images.labels))
+    shown = _spread(count, _SHOWN)
     scores = {level: ReconstructionScores(distance, job.device) for level in (0.0, *section.latent_noise)}
+    originals: list[np.ndarray] = []
     pictures: dict[float, list[np.ndarray]] = {level: [] for level in scores}
-    for first in range(0, len(originals), section.batch_size):
-        batch = originals[first : first + section.batch_size]
-        rows = np.arange(first, first + len(batch))
+    scored = 0
+    for first in range(0, count, section.batch_size):
+        rows = np.arange(first, min(first + section.batch_size, count))
+        batch, usable = images.read(rows.tolist())
+        batch, rows = batch[usable], rows[usable]
+        scored += len(rows)
+        originals.append(batch[np.isin(rows, shown)])
+        if not len(rows):
+            continue
         for level, made in _reconstructed(autoencoder, batch, rows, list(scores), section.seed):
             scores[level].add(batch, made)
             pictures[level].append(made[np.isin(rows, shown)])
-        job.progress(first + len(batch), len(originals), "reconstructions")
+        job.progress(first + len(usable), count, "reconstructions")
         job.check_stop()
+    if not scored:
+        raise CorruptData(f"none of the {count} held-out images can be decoded")
+    seen = np.concatenate(originals)
     kept = {level: np.concatenate(pieces) for level, pieces in pictures.items()}
-    np.savez(job.folder / RECONSTRUCTIONS, originals=originals[shown], reconstructions=kept[0.0])
+    np.savez(job.folder / RECONSTRUCTIONS, originals=seen, reconstructions=kept[0.0])
     if section.latent_noise:
-        few = _spread(len(shown), _SHOWN_BY_LEVEL)
+        few = _spread(len(seen), _SHOWN_BY_LEVEL)
         by_level = np.stack([kept[level][few] for level in section.latent_noise])
-        np.savez(job.folder / BY_LATENT_NOISE, originals=originals[shown][few], reconstructions=by_level)
-    return {level: one.means() for level, one in scores.items()}
+        np.savez(job.folder / BY_LATENT_NOISE, originals=seen[few], reconstructions=by_level)
+    return {level: one.means() for level, one in scores.items()}, scored
 
 
 def _spread(count: int, shown: int) -> np.ndarray:

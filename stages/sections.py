@@ -219,6 +219,8 @@ class EvaluateSection(Section):
     classifier: Literal["pixels", "features", "none"] = "features"
     transfer_images: Positive = 500
     nearest_k: Positive = 3
+    kid_subset_size: Annotated[int | None, Field(ge=2)] = None
+    baselines: bool = True
     batch_size: Positive = 64
     reconstructions: Positive = 2000
     latent_noise: tuple[Annotated[float, Field(ge=0)], ...] = ()

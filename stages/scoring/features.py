@@ -10,33 +10,30 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rae.stages.job import Progress, never, silent
 from rae.stages.scoring.extractors import BLOCK_SIZE, Extractor
-from rae.stages.scoring.frechet import Moments
+from rae.stages.scoring.feature_rows import CHUNK_ROWS
 from rae.stages.scoring.image_sets import ImageSet
 from rae.stages.training.ranks import Ranks
 from rae.store.errors import CorruptData
 from rae.store.manifest import canonical
 from rae.store.publish import replace_bytes
 
-CHUNK_ROWS = 64 * BLOCK_SIZE
-"""Rows in a file of features: 8 MB of Inception's."""
-
 
 class Features:
-    """Features float32 [N, D] of the usable images of a set, in index order, chunk by chunk from the disk.
+    """Features float32 [N, D] of the usable images of a set, in index order, read from the disk as they are needed.
 
-    `labels` [N] are theirs, `rows` [N] their rows in the set, `paths` the chunks' files.
+    `labels` [N] are theirs, `rows` [N] their rows in the set, `paths` the chunks' files. Iterating gives chunk after chunk.
     """
 
     def __init__(self, paths: Sequence[Path], labels: NDArray[np.integer], dim: int) -> None:
         self.paths, self.dim = tuple(paths), dim
-        usable = [_read(path)[1] for path in self.paths]
+        usable = [_opened(path)["usable"] != 0 for path in self.paths]
+        self._ends = np.cumsum([0, *(int(kept.sum()) for kept in usable)])
         self.rows: NDArray[np.intp] = np.flatnonzero(np.concatenate([*usable, np.empty(0, np.bool_)]))
         self.labels: NDArray[np.integer] = labels[self.rows]
 
@@ -45,24 +42,18 @@ class Features:
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         for path in self.paths:
-            features, usable, _ = _read(path)
-            yield features[usable]
+            chunk = _opened(path)
+            yield np.ascontiguousarray(chunk["features"][chunk["usable"] != 0])
 
-    def array(self) -> NDArray[np.float32]:
-        """All of them [N, D]."""
-        out = np.empty((len(self), self.dim), np.float32)
-        first = 0
-        for chunk in self:
-            out[first : first + len(chunk)] = chunk
-            first += len(chunk)
+    def take(self, rows: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Those of `rows`, of which 0 is the first usable image: [len(rows), D]."""
+        out = np.empty((len(rows), self.dim), np.float32)
+        chunks = np.searchsorted(self._ends, rows, side="right") - 1
+        for number in np.unique(chunks):
+            chunk = _opened(self.paths[number])
+            places = np.flatnonzero(chunk["usable"])[rows[chunks == number] - self._ends[number]]
+            out[chunks == number] = chunk["features"][places]
         return out
-
-    def moments(self) -> Moments:
-        """Their mean and covariance, in float64. Raises CorruptData for features that are not finite."""
-        moments = Moments(self.dim)
-        for chunk in self:
-            moments.update(chunk)
-        return moments
 
 
 def extract(
@@ -83,15 +74,15 @@ def extract(
     ranks = ranks or Ranks()
     count = len(images.labels)
     starts = range(0, count, CHUNK_ROWS)
-    identity = hashlib.sha256(canonical([extractor.protocol(), images.digest, count])).hexdigest()
-    paths = [folder / f"features-{identity[:16]}-{number:06d}.npz" for number in range(len(starts))]
+    identity = hashlib.sha256(canonical([extractor.protocol(), images.digest, count])).hexdigest()[:16]
+    paths = [folder / f"features-{identity}-{number:06d}.npy" for number in range(len(starts))]
     folder.mkdir(parents=True, exist_ok=True)
     mine = list(zip(paths, starts, strict=True))[ranks.rank :: ranks.world_size]
     for path, start in mine:
         stop = min(start + CHUNK_ROWS, count)
-        if not any(_take_over(place / path.name, path, identity, stop - start) for place in (folder, *earlier)):
+        if not any(_take_over(place / path.name, path, extractor.dim, stop - start) for place in (folder, *earlier)):
             features, usable = _chunk(extractor, images, range(start, stop))
-            _save(path, features, usable, identity)
+            _save(path, features, usable)
         progress(stop, count, "images scored")
         check_stop()
     ranks.barrier()
@@ -113,29 +104,39 @@ def _chunk(extractor: Extractor, images: ImageSet, rows: range) -> tuple[NDArray
     return np.concatenate(features), np.concatenate(usable)
 
 
-def _take_over(found: Path, path: Path, identity: str, count: int) -> bool:
-    """Whether `found` holds these features; if it lies elsewhere than at `path`, it is copied there."""
+def _take_over(found: Path, path: Path, dim: int, count: int) -> bool:
+    """Whether `found` holds `count` features; if it lies elsewhere than at `path`, it is copied there."""
     try:
-        features, usable, whose = _read(found)
+        chunk = _opened(found)
     except CorruptData:
         return False
-    if whose != identity or len(features) != count or len(usable) != count:
+    if chunk.shape != (count,) or chunk.dtype != _row(dim):
         return False
     if found != path:
-        _save(path, features, usable, identity)
+        replace_bytes(path, found.read_bytes())
     return True
 
 
-def _save(path: Path, features: NDArray[np.float32], usable: NDArray[np.bool_], identity: str) -> None:
+def _save(path: Path, features: NDArray[np.float32], usable: NDArray[np.bool_]) -> None:
     """Whole or not at all: a chunk cut short by a crash must not pass for one."""
+    chunk = np.empty(len(features), _row(features.shape[1]))
+    chunk["features"], chunk["usable"] = features, usable
     buffer = io.BytesIO()
-    np.savez(buffer, features=features, usable=usable, identity=identity)
+    np.save(buffer, chunk)
     replace_bytes(path, buffer.getvalue())
 
 
-def _read(path: Path) -> tuple[NDArray[np.float32], NDArray[np.bool_], str]:
+def _row(dim: int) -> np.dtype[np.void]:
+    """An image in a file: its features, and 1 if it can be used, else 0."""
+    return np.dtype([("features", "<f4", (dim,)), ("usable", "<u4")])
+
+
+def _opened(path: Path) -> NDArray[np.void]:
+    """A chunk, mapped: only what is looked at is read, and nothing of it stays in memory."""
     try:
-        with np.load(path, allow_pickle=False) as chunk:
-            return chunk["features"], chunk["usable"], str(chunk["identity"])
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        chunk: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
         raise CorruptData(f"{path} cannot be read as features: {error}") from error
+    if chunk.dtype.names != ("features", "usable"):
+        raise CorruptData(f"{path} holds no features")
+    return chunk

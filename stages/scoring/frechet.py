@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rae.stages.scoring.feature_rows import FeatureRows, as_rows
 from rae.store.errors import ConfigError, CorruptData, StaleInput
 
 _QUICK_ERROR = 1e-8  # of the distance: what the quick way may cost in accuracy
@@ -27,9 +28,13 @@ class Moments:
         self._scatter: NDArray[np.float64] = np.zeros((dim, dim))  # sum of outer products of deviations from the mean
 
     @classmethod
-    def of(cls, features: NDArray[Any]) -> Self:
-        """The moments of features [N, D]."""
-        return cls(features.shape[1]).update(features)
+    def of(cls, features: FeatureRows | NDArray[Any]) -> Self:
+        """The moments of features [N, D], a chunk in memory at a time; raises as `update` does."""
+        rows = as_rows(features)
+        moments = cls(rows.dim)
+        for chunk in rows:
+            moments.update(chunk)
+        return moments
 
     @classmethod
     def given(cls, mean: NDArray[np.float64], cov: NDArray[np.float64], count: int | None) -> Self:
@@ -81,7 +86,7 @@ class Moments:
         self.count = total
 
 
-def frechet_distance(a: Moments | NDArray[Any], b: Moments | NDArray[Any]) -> float:
+def frechet_distance(a: Moments | FeatureRows | NDArray[Any], b: Moments | FeatureRows | NDArray[Any]) -> float:
     """Squared Fréchet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two Gaussians, at least 0, in float64.
 
     `a` and `b` are moments or features [N, D]. With S = R R^T, the trace of (S1 S2)^(1/2) is the nuclear norm of

@@ -4,7 +4,7 @@ A set is uint8 RGB of one size and is read a range of rows at a time, so that me
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from rae.store.manifest import canonical
 from rae.store.samples import batch_paths, read_batch
 from rae.store.source import Source
 
+_BLOCK = 64  # images in memory at a time
 _MODES = {"L": "grayscale", "LA": "grayscale with transparency", "RGBA": "RGB with transparency", "P": "palette colour"}
 
 
@@ -45,6 +46,18 @@ class ArrayImages:
     def read(self, rows: Sequence[int] | range) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """See `ImageSet`."""
         return self._images[list(rows)], np.ones(len(rows), np.bool_)
+
+
+class NpyImages:
+    """Images in an .npy file of our own making; `describe` is what its digest is taken over."""
+
+    def __init__(self, path: Path, labels: NDArray[np.integer], describe: str) -> None:
+        self._path, self.labels = path, labels
+        self.digest = hashlib.sha256(describe.encode()).hexdigest()
+
+    def read(self, rows: Sequence[int] | range) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """See `ImageSet`; mapped anew each time, since what stays mapped counts as memory."""
+        return np.load(self._path, mmap_mode="r")[list(rows)], np.ones(len(rows), np.bool_)
 
 
 class SampleImages:
@@ -122,6 +135,17 @@ class Rows:
     def read(self, rows: Sequence[int] | range) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """See `ImageSet`."""
         return self._images.read([int(self._rows[row]) for row in rows])
+
+
+def usable_blocks(
+    images: ImageSet, rows: NDArray[np.integer] | None = None
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.integer]]]:
+    """The usable images of `rows`, or of all, with their labels, `_BLOCK` or fewer at a time."""
+    rows = np.arange(len(images.labels)) if rows is None else rows
+    for first in range(0, len(rows), _BLOCK):
+        block = rows[first : first + _BLOCK]
+        pixels, usable = images.read(block.tolist())
+        yield pixels[usable], images.labels[block[usable]]
 
 
 def check_images(images: NDArray[np.generic], where: str) -> None:

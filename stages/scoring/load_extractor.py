@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from rae.stages.models.backbones import load_hugging_face, load_timm, read_state_dict
 from rae.stages.models.weights import EncoderFiles
-from rae.stages.scoring.extractor_files import ExtractorFiles, locate_extractor
+from rae.stages.scoring.extractor_files import DINOV2_PROTOCOLS, ExtractorFiles, locate_extractor
 from rae.stages.scoring.extractors import Extractor, Preprocessing
 from rae.store.errors import ConfigError, CorruptData
 
@@ -45,17 +45,12 @@ def load_extractor(
     that the protocol fixes, CorruptData for a file of other tensors. Nothing is downloaded.
     """
     files = locate_extractor(name, weights, sha256)
-    if name == "inception":
-        made = _inception(files, device)
-    elif name == "torchscript":
-        made = _torchscript(files, device)
-    elif name.startswith("dinov2-"):
-        made = _dinov2(files, device)
-    else:
+    build = {"inception": _inception, "torchscript": _torchscript, **dict.fromkeys(DINOV2_PROTOCOLS, _dinov2)}.get(name)
+    if build is None:
         return _timm(files, input_size or _TIMM_SIDE, device)
     if input_size is not None:
         raise ConfigError(f"`evaluate.extractor_input_size` has no part in `{name}`, whose protocol fixes its resize")
-    return made
+    return build(files, device)
 
 
 def _timm(files: ExtractorFiles, input_size: int, device: str) -> Extractor:
@@ -172,7 +167,7 @@ def _torchscript(files: ExtractorFiles, device: str) -> Extractor:
     (path,) = files.files
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # by torch, of TorchScript
+            warnings.simplefilter("ignore", FutureWarning)  # by torch, of TorchScript
             loaded = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
             network = _Scripted(loaded).eval()
         with torch.inference_mode():

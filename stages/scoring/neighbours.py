@@ -6,10 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rae.stages.scoring.distances import check_finite
+from rae.stages.scoring.feature_rows import FeatureRows, as_rows, check_finite
 from rae.store.errors import ConfigError, StaleInput
-
-_BLOCK_ENTRIES = 2**24  # distances held at a time: 128 MiB of float64
 
 
 class Prdc(NamedTuple):
@@ -21,7 +19,7 @@ class Prdc(NamedTuple):
     coverage: float
 
 
-def prdc(real: NDArray[Any], generated: NDArray[Any], k: int = 3) -> Prdc:
+def prdc(real: FeatureRows | NDArray[Any], generated: FeatureRows | NDArray[Any], k: int = 3) -> Prdc:
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv:1904.06991, equations 1 and 2), density and
     coverage (Naeem et al. 2020, arXiv:2002.09797, equations 4 and 6) of `generated` [M, D] against `real` [N, D].
 
@@ -34,55 +32,64 @@ def prdc(real: NDArray[Any], generated: NDArray[Any], k: int = 3) -> Prdc:
     Raises ConfigError unless both sets have more than `k` images, StaleInput if their dimensions differ, CorruptData
     for features that are not finite.
     """
-    if real.shape[1] != generated.shape[1]:
-        raise StaleInput(f"Features of {real.shape[1]} and of {generated.shape[1]} dimensions cannot be compared.")
-    if min(len(real), len(generated)) <= k:
+    reals, fakes = as_rows(real), as_rows(generated)
+    if reals.dim != fakes.dim:
+        raise StaleInput(f"Features of {reals.dim} and of {fakes.dim} dimensions cannot be compared.")
+    if min(len(reals), len(fakes)) <= k:
         raise ConfigError(
             f"Precision and recall with the {k} nearest neighbours need at least {k + 1} images in each set,"
-            f" got {len(real)} real and {len(generated)} generated."
+            f" got {len(reals)} real and {len(fakes)} generated."
         )
-    for features in (real, generated):
-        check_finite(features)
+    check_finite(reals)
+    check_finite(fakes)
     # Distances do not change with the origin; near the data, their float64 expansion cancels least.
-    origin = real.mean(axis=0, dtype=np.float64)
-    real, generated = real - origin, generated - origin
-    real_radii, generated_radii = _radii(real, k), _radii(generated, k)
-    balls_around_generated = np.empty(len(generated), np.int64)
-    inside_recalled = np.zeros(len(real), np.bool_)
-    covered = np.zeros(len(real), np.bool_)
-    first = 0
-    for block in _squared_distances(generated, real):
-        rows = slice(first, first + len(block))
-        in_real_balls = block <= real_radii
-        balls_around_generated[rows] = in_real_balls.sum(axis=1)
-        covered |= in_real_balls.any(axis=0)
-        inside_recalled |= (block <= generated_radii[rows, None]).any(axis=0)
-        first += len(block)
+    origin = sum((chunk.sum(axis=0, dtype=np.float64) for chunk in reals), np.zeros(reals.dim)) / len(reals)
+    real_radii, fake_radii = _radii(reals, origin, k), _radii(fakes, origin, k)
+    balls = np.zeros(len(fakes), np.int64)  # of real images, around each generated one
+    recalled, covered = np.zeros(len(reals), np.bool_), np.zeros(len(reals), np.bool_)
+    for these, fake in _located(fakes, origin):
+        for those, those_features in _located(reals, origin):
+            squared = _squared_distances(fake, those_features)
+            in_real_balls = squared <= real_radii[those]
+            balls[these] += in_real_balls.sum(axis=1)
+            covered[those] |= in_real_balls.any(axis=0)
+            recalled[those] |= (squared <= fake_radii[these, None]).any(axis=0)
     return Prdc(
-        precision=float((balls_around_generated > 0).mean()),
-        recall=float(inside_recalled.mean()),
-        density=float(balls_around_generated.mean()) / k,
+        precision=float((balls > 0).mean()),
+        recall=float(recalled.mean()),
+        density=float(balls.mean()) / k,
         coverage=float(covered.mean()),
     )
 
 
-def _radii(manifold: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+def _radii(manifold: FeatureRows, origin: NDArray[np.float64], k: int) -> NDArray[np.float64]:
     """Squared distance [N] of every point to its `k`-th nearest other one."""
-    # Every point is its own nearest neighbour, so the k-th other one stands at index k.
-    return np.concatenate([np.partition(block, k, axis=1)[:, k] for block in _squared_distances(manifold, manifold)])
+    radii = np.empty(len(manifold))
+    for these, points in _located(manifold, origin):
+        nearest = np.empty((len(points), 0))
+        for _, others in _located(manifold, origin):
+            found = np.concatenate([nearest, _squared_distances(points, others)], axis=1)
+            # Every point is its own nearest neighbour, so the k-th other one stands at index k.
+            nearest = np.partition(found, k, axis=1)[:, : k + 1] if found.shape[1] > k else found
+        radii[these] = nearest[:, k]
+    return radii
 
 
-def _squared_distances(a: NDArray[np.float64], b: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
-    """Squared distances [rows, len(b)], a block of rows of `a` at a time.
+def _located(features: FeatureRows, origin: NDArray[np.float64]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Chunks of features relative to `origin`, in float64, with their place."""
+    first = 0
+    for chunk in features:
+        yield slice(first, first + len(chunk)), chunk - origin
+        first += len(chunk)
+
+
+def _squared_distances(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Squared distances [len(a), len(b)].
 
     Below the rounding error of |x|^2 + |y|^2 - 2xy two points count as equal. Otherwise it would be chance whether a
     point lies in a ball of radius zero, which is what a repeated image has.
     """
-    norms_a, norms_b = np.square(a).sum(axis=1), np.square(b).sum(axis=1)
-    noise = a.shape[1] * np.finfo(np.float64).eps
-    rows = max(1, _BLOCK_ENTRIES // len(b))
-    for start in range(0, len(a), rows):
-        scale = norms_a[start : start + rows, None] + norms_b
-        squared = scale - 2 * (a[start : start + rows] @ b.T)
-        squared[squared <= noise * scale] = 0.0
-        yield squared
+    scale = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)
+    squared: NDArray[np.float64] = scale - 2 * (a @ b.T)
+    squared[squared <= a.shape[1] * np.finfo(np.float64).eps * scale] = 0.0
+    return squared

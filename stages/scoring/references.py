@@ -46,14 +46,10 @@ class Reference:
         payload = artifact.payload
         about = read_description(payload)
         mean, cov = _read_moments(payload / _MOMENTS)
-        paths = sorted(payload.glob("features-*.npz"))
+        paths = sorted(payload.glob("features-*.npy"))
         features = Features(paths, np.full(about.rows or 0, -1), len(mean)) if paths else None
         count = len(features) if features is not None else None
         return cls(about, Moments.given(mean, cov, count), features)
-
-    def features_array(self) -> NDArray[np.float32] | None:
-        """The features [N, D] of all its images; None if it has moments alone."""
-        return self.features.array() if self.features is not None else None
 
 
 def make_reference(extractor: Extractor, images: ImageSet, split: Split, image_size: int, job: Job) -> Result:
@@ -77,7 +73,7 @@ def make_reference(extractor: Extractor, images: ImageSet, split: Split, image_s
     )
     if not ranks.is_main:
         return NOTHING
-    moments = features.moments()
+    moments = Moments.of(features)
     about = ReferenceDescription(extractor.protocol(), split, image_size, len(images.labels), images.digest)
     digest = hashlib.sha256()
     for chunk in features:

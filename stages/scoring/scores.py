@@ -2,122 +2,210 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rae.stages.scoring.baselines import class_means, pixel_gaussian
-from rae.stages.scoring.classifier import FeaturesOf, class_agreement, new_classifier, transfer_accuracy
+from rae.stages.job import Job
+from rae.stages.scoring.baselines import make_baselines
+from rae.stages.scoring.classifier import Classifier, grey_8x8
+from rae.stages.scoring.distances import inception_score, kernel_distance
+from rae.stages.scoring.extractors import Extractor
+from rae.stages.scoring.feature_rows import FeatureRows, Gathered
+from rae.stages.scoring.features import Features, extract
 from rae.stages.scoring.frechet import Moments, frechet_distance
+from rae.stages.scoring.image_sets import ImageSet, Rows, usable_blocks
 from rae.stages.scoring.neighbours import prdc
 from rae.stages.scoring.references import Reference
 from rae.stages.sections import EvaluateSection
+from rae.stages.training.ranks import Ranks
 from rae.store.errors import ConfigError
+from rae.store.manifest import Json
+
+FEATURES = "features"
+"""The folder, in an attempt's own, in which features lie until the scores are there."""
 
 _REAL, _TRANSFER = 1, 2  # keep the draws of one seed apart
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """Images uint8 [N, H, W, 3] and their labels int [N]; -1 is "no label"."""
+class Seen:
+    """A set of images as a classifier sees it: inputs [N, D] and labels [N]."""
 
-    images: NDArray[np.uint8]
+    inputs: NDArray[np.float32]
     labels: NDArray[np.integer]
 
-    def draw(self, count: int, seed: tuple[int, int]) -> "LabelledImages":
-        """`count` of them without repetition, or all if there are fewer, in an order that `seed` decides."""
-        rows = np.random.default_rng(seed).permutation(len(self.labels))[:count]
-        return LabelledImages(self.images[rows], self.labels[rows])
+    def take(self, rows: NDArray[np.intp]) -> "Seen":
+        """Some of them, in this order."""
+        return Seen(self.inputs[rows], self.labels[rows])
 
 
-def score_generation(
-    generated: NDArray[np.uint8],
-    labels: NDArray[np.integer],
-    train_images: NDArray[np.uint8],
-    train_labels: NDArray[np.integer],
-    val_images: NDArray[np.uint8],
-    val_labels: NDArray[np.integer],
-    extractor: FeaturesOf,
-    config: EvaluateSection,
-    reference: Reference | None = None,
-) -> dict[str, dict[str, float]]:
-    """Scores by row, then by metric, against the held-out images or a reference. Images are uint8 [N, H, W, 3].
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: features, and what the classifier sees, if there is one."""
 
-    Rows: `samples`, the generated images; `real`, as many other real images drawn by `config.seed` (all, if there are
-    fewer): training images, or held-out ones if the reference is of training images; `class_means` and
-    `pixel_gaussian`, baselines made from the training images for the same labels. Metrics:
+    features: FeatureRows
+    seen: Seen | None
 
-    - `class_agreement`: a classifier of the kind `config.classifier`, trained on the training images, sees the class
-      asked for. In the row `real` it judges the held-out images, since it knows the training images by heart.
-    - `transfer_accuracy`: one of the same kind, trained on `config.transfer_images` of the row's images alone, is
-      right on held-out images.
-    - `precision`, `recall`, `density`, `coverage`, `frechet_distance`: in the features of `extractor`. A reference of
-      moments alone gives the last one only.
 
-    Where classes mean nothing the first two are left out: with `classifier: none`, if any image has no label (-1), or
-    if the training images are all of one class.
-    `transfer_accuracy` is also left out of a row of fewer than two classes.
+class GenerationScores:
+    """Scores of the images `samples` against the held-out images or a reference, with the training images to judge by.
 
-    Raises ConfigError if a label asked for has no training image, or if there are too few images for a metric.
+    Features are taken by all ranks, on the disk, and an earlier attempt's are taken over; memory holds no set of
+    images. Raises ConfigError for a set without images.
     """
-    for what, images in (("generated", generated), ("training", train_images), ("held-out", val_images)):
-        if not len(images):
-            raise ConfigError(f"There are no {what} images, and a score needs them.")
-    train, val = LabelledImages(train_images, train_labels), LabelledImages(val_images, val_labels)
-    samples = LabelledImages(generated, labels)
-    rows = {
-        "samples": samples,
-        "real": (val if config.reference_split == "train" else train).draw(len(labels), (config.seed, _REAL)),
-        "class_means": LabelledImages(class_means(train.images, train.labels, labels), labels),
-        "pixel_gaussian": LabelledImages(pixel_gaussian(train.images, train.labels, labels, config.seed), labels),
-    }
-    features_of = _Remembered(extractor)
-    scores: dict[str, dict[str, float]] = {row: {} for row in rows}
-    if all(of.min() >= 0 for of in (labels, train_labels, val_labels)):
-        for row, metric, value in _class_scores(rows, train, val, features_of, config):
-            scores[row][metric] = value
-    real_features = features_of(val.images) if reference is None else reference.features_array()
-    moments = Moments.of(features_of(val.images)) if reference is None else reference.moments
-    for row, drawn in rows.items():
-        features = features_of(drawn.images)
-        if real_features is not None:
-            scores[row] |= prdc(real_features, features, config.nearest_k)._asdict()
-        scores[row]["frechet_distance"] = frechet_distance(moments, features)
-    return scores
 
+    def __init__(
+        self,
+        samples: ImageSet,
+        train: ImageSet,
+        held_out: ImageSet,
+        extractor: Extractor,
+        config: EvaluateSection,
+        job: Job,
+        ranks: Ranks | None = None,
+        reference: Reference | None = None,
+    ) -> None:
+        for what, images in (("generated", samples), ("training", train), ("held-out", held_out)):
+            if not len(images.labels):
+                raise ConfigError(f"There are no {what} images, and a score needs them.")
+        self._samples, self._train, self._held_out = samples, train, held_out
+        self._extractor, self._config, self._job = extractor, config, job
+        self._with_classes = (
+            config.classifier != "none"
+            and len(np.unique(train.labels)) > 1
+            and all(images.labels.min() >= 0 for images in (samples, train, held_out))
+        )
+        self.held_out = self._features(held_out, ranks)
+        self.samples = self._features(samples, ranks)
+        self._reference = reference
+        self._train_features: Features | None = None
+        if self._with_classes and config.classifier == "features":
+            self._train_features = self._features(train, ranks)
+        # Against training images, it is held-out ones that show what can be hoped for.
+        self._known_real = self.held_out if config.reference_split == "train" else self._train_features
+        known = len(train.labels) if self._known_real is None else len(self._known_real)
+        self._real_rows = self._draw(known, len(samples.labels), _REAL)
+        if self._known_real is None:
+            self._features(Rows(train, self._real_rows), ranks)
 
-def _class_scores(
-    rows: dict[str, LabelledImages],
-    train: LabelledImages,
-    val: LabelledImages,
-    features_of: FeaturesOf,
-    config: EvaluateSection,
-) -> Iterator[tuple[str, str, float]]:
-    """(row, metric, value) of the two metrics that need classes."""
-    if config.classifier == "none" or len(np.unique(train.labels)) < 2:
-        return
-    judge = new_classifier(config.classifier, features_of).fit(train.images, train.labels)
-    for row, drawn in rows.items():
-        judged = val if row == "real" else drawn
-        yield row, "class_agreement", class_agreement(judge, judged.images, judged.labels)
-        lesson = drawn.draw(config.transfer_images, (config.seed, _TRANSFER))
-        if len(np.unique(lesson.labels)) > 1:
-            pupil = new_classifier(config.classifier, features_of)
-            accuracy = transfer_accuracy(pupil, lesson.images, lesson.labels, val.images, val.labels)
-            yield row, "transfer_accuracy", accuracy
+    def rows(self) -> dict[str, dict[str, float]]:
+        """Scores by row, then by metric.
 
+        Rows: `samples`; `real`, as many other real images drawn by `config.seed` (all, if there are fewer): training
+        images, or held-out ones if the reference is of training images; with `config.baselines` also `class_means` and
+        `pixel_gaussian`, made from the training images for the same labels. Metrics:
 
-class _Remembered:
-    """An extractor that runs once for each distinct image: class means repeat, and classifiers ask again."""
+        - `class_agreement`: a classifier of the kind `config.classifier`, trained on the training images, sees the
+          class asked for. In the row `real` it judges the held-out images, since it knows the training images by heart.
+        - `transfer_accuracy`: one of the same kind, trained on `config.transfer_images` of the row's images alone, is
+          right on held-out images.
+        - `precision`, `recall`, `density`, `coverage`, `frechet_distance`: in the features of the extractor. A
+          reference of moments alone gives the last one only.
+        - `kernel_distance`: with `config.kid_subset_size`. `inception_score`: if the extractor is Inception.
 
-    def __init__(self, features_of: FeaturesOf) -> None:
-        self._features_of = features_of
-        self._known: dict[bytes, NDArray[np.float32]] = {}
+        Where classes mean nothing the first two are left out: with `classifier: none`, if any image has no label (-1),
+        or if the training images are all of one class. `transfer_accuracy` is also left out of a row of fewer than two
+        classes.
 
-    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        digests = [sha256(image.tobytes()).digest() for image in images]
-        new = {digest: i for i, digest in enumerate(digests) if digest not in self._known}
-        if new:
-            self._known |= zip(new, self._features_of(images[list(new.values())]), strict=True)
-        return np.stack([self._known[digest] for digest in digests])
+        Raises ConfigError if a label asked for has no training image, or if there are too few images for a metric;
+        CorruptData for features that are not finite.
+        """
+        train = self._seen(self._train, self._train_features)
+        held_out = self._seen(self._held_out, self.held_out)
+        rows = {
+            "samples": Row(self.samples, self._seen(self._samples, self.samples)),
+            "real": self._real(held_out if self._config.reference_split == "train" else train),
+            **(self._baselines() if self._config.baselines else {}),
+        }
+        scores: dict[str, dict[str, float]] = {row: {} for row in rows}
+        if train is not None and held_out is not None:
+            for row, metric, value in self._class_scores(rows, train, held_out):
+                scores[row][metric] = value
+        moments = Moments.of(self.held_out) if self._reference is None else self._reference.moments
+        for row, made in rows.items():
+            scores[row] |= self._feature_scores(made.features, moments)
+        return scores
+
+    def _feature_scores(self, made: FeatureRows, moments: Moments) -> dict[str, float]:
+        real = self.held_out if self._reference is None else self._reference.features
+        scores = prdc(real, made, self._config.nearest_k)._asdict() if real is not None else {}
+        scores["frechet_distance"] = frechet_distance(moments, made)
+        if self._config.kid_subset_size is not None and real is not None:
+            scores["kernel_distance"] = kernel_distance(made, real, self._config.kid_subset_size)[0]
+        if self._extractor.head is not None:
+            scores["inception_score"] = inception_score(made, self._extractor.head)[0]
+        return scores
+
+    def protocol(self) -> Json:
+        """What these scores were measured with, besides how the samples were drawn."""
+        balance = zip(*np.unique(self.samples.labels, return_counts=True), strict=True)
+        return {
+            "extractor": self._extractor.protocol(),
+            "images": len(self.samples),
+            "labels": {str(label): int(count) for label, count in balance},
+            "classifier": self._config.classifier,
+            "transfer_images": self._config.transfer_images,
+            "nearest_k": self._config.nearest_k,
+            "kid_subset_size": self._config.kid_subset_size,
+        }
+
+    def _features(self, images: ImageSet, ranks: Ranks | None = None) -> Features:
+        job = self._job
+        earlier = [attempt / FEATURES for attempt in job.earlier]
+        return extract(
+            self._extractor,
+            images,
+            job.folder / FEATURES,
+            earlier=earlier,
+            ranks=ranks,
+            progress=job.progress,
+            check_stop=job.check_stop,
+        )
+
+    def _draw(self, of: int, count: int, purpose: int) -> NDArray[np.intp]:
+        """`count` of `of` rows without repetition, or all if there are fewer, in an order that the seed decides."""
+        rows: NDArray[np.intp] = np.random.default_rng((self._config.seed, purpose)).permutation(of)[:count]
+        return rows
+
+    def _seen(self, images: ImageSet, features: Features | None) -> Seen | None:
+        """What the classifier sees of a set; None without classes."""
+        if not self._with_classes:
+            return None
+        if self._config.classifier == "features":
+            assert features is not None
+            return Seen(features.take(np.arange(len(features))), features.labels)
+        blocks = [(grey_8x8(pixels), labels) for pixels, labels in usable_blocks(images)]
+        return Seen(*(np.concatenate(column) for column in zip(*blocks, strict=True)))
+
+    def _real(self, seen: Seen | None) -> Row:
+        """`seen` is the set that they are drawn from."""
+        rows = self._real_rows
+        if self._known_real is not None:
+            return Row(Gathered(self._known_real, rows), seen.take(rows) if seen is not None else None)
+        images = Rows(self._train, rows)
+        features = self._features(images)
+        return Row(features, self._seen(images, features))
+
+    def _baselines(self) -> dict[str, Row]:
+        path = self._job.folder / "pixel_gaussian.npy"
+        made = make_baselines(self._train, self.samples.labels, self._config.seed, path)
+        means, draws = self._features(made.means), self._features(made.gaussian)
+        seen, drawn = self._seen(made.means, means), self._seen(made.gaussian, draws)
+        path.unlink()
+        repeated = Row(Gathered(means, made.mean_of), seen.take(made.mean_of) if seen is not None else None)
+        return {"class_means": repeated, "pixel_gaussian": Row(draws, drawn)}
+
+    def _class_scores(self, rows: dict[str, Row], train: Seen, held_out: Seen) -> Iterator[tuple[str, str, float]]:
+        """(row, metric, value) of the two metrics that need classes."""
+        kind = self._config.classifier
+        assert kind != "none"
+        judge = Classifier(kind).fit(train.inputs, train.labels)
+        for name, row in rows.items():
+            assert row.seen is not None
+            judged = held_out if name == "real" else row.seen
+            yield name, "class_agreement", judge.agreement(judged.inputs, judged.labels)
+            lesson = row.seen.take(self._draw(len(row.seen.labels), self._config.transfer_images, _TRANSFER))
+            if len(np.unique(lesson.labels)) > 1:
+                pupil = Classifier(kind).fit(lesson.inputs, lesson.labels)
+                yield name, "transfer_accuracy", pupil.agreement(held_out.inputs, held_out.labels)

@@ -50,7 +50,7 @@ def test_scores_against_a_reference_of_the_held_out_images_are_those_against_the
 def test_a_reference_holds_features_and_their_exact_moments(known: Rae) -> None:
     found = reference(known, "tiny-train")
     assert found.features is not None
-    features = found.features.array()
+    features = found.features.take(np.arange(100))
     assert features.shape == (100, 1280)
     np.testing.assert_allclose(found.moments.mean, features.mean(axis=0, dtype=np.float64), rtol=1e-12)
     np.testing.assert_allclose(found.moments.cov, Moments.of(features).cov, rtol=1e-9, atol=1e-15)

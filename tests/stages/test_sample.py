@@ -10,7 +10,6 @@ import torch
 
 import rae as api
 from rae.stages import sample
-from rae.stages.evaluate import load_samples
 from rae.stages.job import Job
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder
 from rae.stages.models.dit import DiTConfig, build_dit
@@ -27,10 +26,9 @@ from rae.stages.sample import choose_labels, draw, draw_all, run
 from rae.stages.sections import SampleSection
 from rae.stages.training import randomness
 from rae.store.errors import ConfigError, CorruptData, StaleInput
-from rae.store.manifest import Artifact, Manifest
+from rae.store.samples import read_batches
 
 ENCODER = {"digest": "d", "feature_index": 3, "input_size": 64, "token_dim": 8, "grid": [2, 2]}
-NO_MANIFEST = Manifest("samples", "samples", {}, "", {}, {}, [], {})
 SECTION = SampleSection(num_images=6, num_steps=5, batch_size=6)
 
 
@@ -161,6 +159,12 @@ def test_a_guide_of_other_latents_classes_or_transport_is_refused(models: tuple[
         check_guide(weaker(dit, classes=("a", "b", "c")), weaker(dit, classes=("a", "c", "b")))
 
 
+def stored(payload: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a samples artifact."""
+    batches = list(read_batches(payload))
+    return np.concatenate([batch.images for batch in batches]), np.concatenate([batch.labels for batch in batches])
+
+
 def test_images_of_an_unconditional_transformer_are_recorded_without_a_label(
     models: tuple[Dit, Decoder], tmp_path: Path
 ) -> None:
@@ -176,7 +180,7 @@ def test_images_of_an_unconditional_transformer_are_recorded_without_a_label(
     seen: list[tuple[int, int]] = []
     job = Job(tmp_path / "samples", progress=lambda done, total, unit, **_: seen.append((done, total)))
     run(SECTION, tmp_path / "dit", tmp_path / "decoder", None, job)
-    images, labels = load_samples(Artifact(tmp_path / "samples", NO_MANIFEST))
+    images, labels = stored(tmp_path / "samples")
     assert images.shape == (6, 8, 8, 3)
     assert labels.tolist() == [-1] * 6
     assert seen == [(1, 6), (3, 6), (4, 6), (6, 6), (6, 6)]  # four steps of six images
@@ -194,7 +198,7 @@ def test_a_run_is_guided_by_the_artifact_that_it_is_given(models: tuple[Dit, Dec
     (tmp_path / "samples").mkdir()
     result = run(section, tmp_path / "dit", tmp_path / "decoder", tmp_path / "guide", Job(tmp_path / "samples"))
     assert result.metrics["time_dist_shift"] == 1.0
-    images, labels = load_samples(Artifact(tmp_path / "samples", NO_MANIFEST))
+    images, labels = stored(tmp_path / "samples")
     np.testing.assert_array_equal(images, draw_all(dit, decoder, labels, section, guide))
     with pytest.raises(StaleInput, match="latent_stats"):
         run(section, tmp_path / "dit", tmp_path / "decoder", tmp_path / "other", Job(tmp_path / "samples"))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from rae.stages.scoring import features as module
 from rae.stages.scoring.extractors import BLOCK_SIZE, Extractor, Preprocessing
-from rae.stages.scoring.features import extract
-from rae.stages.scoring.frechet import frechet_distance
+from rae.stages.scoring.feature_rows import Gathered
+from rae.stages.scoring.features import Features, extract
+from rae.stages.scoring.frechet import Moments, frechet_distance
 from rae.stages.scoring.image_sets import ArrayImages
 from rae.stages.training.ranks import Ranks
 from rae.store.errors import CorruptData
@@ -36,6 +37,15 @@ def extractor(network: nn.Module | None = None, digest: str = "") -> Extractor:
     return Extractor("means", network or Means(), Preprocessing("bicubic-clamped", 8), dim=12, digest=digest)
 
 
+def everything(features: Features) -> np.ndarray:
+    """All of them, as one array, and that they are the same taken by rows in another order."""
+    whole = np.concatenate(list(features))
+    order = np.random.default_rng(1).permutation(len(features))
+    np.testing.assert_array_equal(features.take(order), whole[order])
+    np.testing.assert_array_equal(np.concatenate(list(Gathered(features, order))), whole[order])
+    return whole
+
+
 @pytest.fixture
 def images(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     monkeypatch.setattr(module, "CHUNK_ROWS", 2 * BLOCK_SIZE)
@@ -45,11 +55,11 @@ def images(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
 def test_features_on_the_disk_are_those_in_memory(images: np.ndarray, tmp_path: Path) -> None:
     labels = np.arange(len(images)) % 5
     found = extract(extractor(), ArrayImages(images, labels), tmp_path)
-    np.testing.assert_array_equal(found.array(), extractor()(images))
+    np.testing.assert_array_equal(everything(found), extractor()(images))
     np.testing.assert_array_equal(found.labels, labels)
     assert len(found) == 107
     assert [len(chunk) for chunk in found] == [32, 32, 32, 11]
-    assert frechet_distance(found.moments(), extractor()(images)) == pytest.approx(0, abs=1e-10)
+    assert frechet_distance(found, extractor()(images)) == pytest.approx(0, abs=1e-10)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -64,7 +74,7 @@ def test_any_number_of_ranks_writes_the_same_files(images: np.ndarray, tmp_path:
         with pytest.raises(CorruptData):  # the others' chunks are not there yet
             extract(extractor(), ArrayImages(images), tmp_path / "many", ranks=Unconnected(rank, world_size))
     many = extract(extractor(), ArrayImages(images), tmp_path / "many", ranks=Unconnected(0, world_size))
-    np.testing.assert_array_equal(many.array(), alone.array())
+    np.testing.assert_array_equal(everything(many), everything(alone))
 
 
 def test_chunks_that_are_there_are_not_computed_again(images: np.ndarray, tmp_path: Path) -> None:
@@ -72,13 +82,13 @@ def test_chunks_that_are_there_are_not_computed_again(images: np.ndarray, tmp_pa
     network = Means()
     found = extract(extractor(network), ArrayImages(images), tmp_path / "later", earlier=(tmp_path / "earlier",))
     assert network.calls == 0
-    np.testing.assert_array_equal(found.array(), extractor()(images))
+    np.testing.assert_array_equal(everything(found), extractor()(images))
     paths = sorted((tmp_path / "later").iterdir())
     paths[1].write_bytes(paths[1].read_bytes()[:-100])
     paths[2].unlink()
     again = extract(extractor(network), ArrayImages(images), tmp_path / "later")
     assert network.calls == 4, "two chunks of two blocks"
-    np.testing.assert_array_equal(again.array(), found.array())
+    np.testing.assert_array_equal(everything(again), everything(found))
 
 
 def test_features_of_other_images_or_weights_are_not_taken_over(images: np.ndarray, tmp_path: Path) -> None:
@@ -86,7 +96,7 @@ def test_features_of_other_images_or_weights_are_not_taken_over(images: np.ndarr
     network = Means()
     other = extract(extractor(network), ArrayImages(255 - images), tmp_path)
     assert network.calls == 7
-    np.testing.assert_array_equal(other.array(), extractor()(255 - images))
+    np.testing.assert_array_equal(everything(other), extractor()(255 - images))
     extract(extractor(network, digest="other"), ArrayImages(images), tmp_path)
     assert network.calls == 14
 
@@ -102,7 +112,7 @@ def test_what_cannot_be_used_leaves_its_neighbours_alone(images: np.ndarray, tmp
     kept = np.delete(np.arange(107), [3, 40])
     np.testing.assert_array_equal(found.rows, kept)
     np.testing.assert_array_equal(found.labels, kept)
-    np.testing.assert_array_equal(found.array(), extractor()(images)[kept])
+    np.testing.assert_array_equal(everything(found), extractor()(images)[kept])
 
 
 def test_an_extraction_killed_in_the_middle_goes_on(images: np.ndarray, tmp_path: Path) -> None:
@@ -122,7 +132,7 @@ t.extract(t.extractor(), t.ArrayImages(images), t.Path({str(tmp_path)!r}), progr
     network = Means()
     found = extract(extractor(network), ArrayImages(images), tmp_path)
     assert network.calls == 3
-    np.testing.assert_array_equal(found.array(), extractor()(images))
+    np.testing.assert_array_equal(everything(found), extractor()(images))
 
 
 def test_features_that_are_not_finite_are_named(images: np.ndarray, tmp_path: Path) -> None:
@@ -132,4 +142,4 @@ def test_features_that_are_not_finite_are_named(images: np.ndarray, tmp_path: Pa
 
     images[50] = 0
     with pytest.raises(CorruptData, match="image 50 are not finite"):
-        extract(extractor(Broken()), ArrayImages(images), tmp_path).moments()
+        Moments.of(extract(extractor(Broken()), ArrayImages(images), tmp_path))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from rae.stages.scoring import neighbours
+from rae.stages.scoring import feature_rows
 from rae.stages.scoring.neighbours import prdc
-from rae.store.errors import ConfigError, StaleInput
+from rae.store.errors import ConfigError, CorruptData, StaleInput
 
 
 def through_sklearn(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[float, ...]:
@@ -63,13 +63,20 @@ def test_repeated_images_have_balls_of_radius_zero() -> None:
     assert prdc(points, generated)[:2] == (1.0, 0.1)
 
 
-def test_answer_does_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_does_not_depend_on_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(3)
     real, generated = rng.standard_normal((70, 4)), rng.standard_normal((50, 4)) + 0.5
     whole = prdc(real, generated)
-    for entries in (1, 130, 1000):
-        monkeypatch.setattr(neighbours, "_BLOCK_ENTRIES", entries)
+    for rows in (1, 3, 32):
+        monkeypatch.setattr(feature_rows, "CHUNK_ROWS", rows)
         assert prdc(real, generated) == whole
+
+
+def test_features_that_are_not_finite_are_named() -> None:
+    features = np.zeros((10, 2))
+    features[7, 1] = np.nan
+    with pytest.raises(CorruptData, match="image 7 are not finite"):
+        prdc(np.zeros((10, 2)), features)
 
 
 def test_too_few_images_and_other_features_are_refused() -> None:

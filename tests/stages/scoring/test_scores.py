@@ -1,10 +1,17 @@
 """The whole table of scores, on scikit-learn's digits."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from torch import Tensor, nn
 
-from rae.stages.scoring.scores import score_generation
+from rae.stages.job import Job
+from rae.stages.scoring.extractors import Extractor, Preprocessing
+from rae.stages.scoring.image_sets import ArrayImages
+from rae.stages.scoring.scores import GenerationScores
 from rae.stages.sections import EvaluateSection
 from rae.store.errors import ConfigError
 
@@ -12,9 +19,31 @@ Sets = dict[str, np.ndarray]
 PIXELS = EvaluateSection(classifier="pixels", transfer_images=300)
 
 
-def pixels(images: np.ndarray) -> np.ndarray:
+class Pixels(nn.Module):
     """A stand-in for an extractor that tests what is done with features: the pixels of the digits."""
-    return images[..., 0].reshape(len(images), -1).astype(np.float32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[np.ndarray] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images.extend(x.numpy())
+        return x[:, 0].flatten(1)
+
+
+def score(
+    images: Sets, config: EvaluateSection, network: nn.Module | None = None, head: np.ndarray | None = None
+) -> dict[str, dict[str, float]]:
+    """The table for sets of arrays, in a folder of its own."""
+    extractor = Extractor(
+        "pixels", network or Pixels(), Preprocessing("bicubic-clamped", 8), dim=64, digest="", head=head
+    )
+    sets = [
+        ArrayImages(images[one], images[labels])
+        for one, labels in (("generated", "labels"), ("train_images", "train_labels"), ("val_images", "val_labels"))
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        return GenerationScores(*sets, extractor, config, Job(Path(folder))).rows()
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +65,7 @@ def sets() -> Sets:
 
 @pytest.fixture(scope="module")
 def scores(sets: Sets) -> dict[str, dict[str, float]]:
-    return score_generation(**sets, extractor=pixels, config=PIXELS)
+    return score(sets, PIXELS)
 
 
 def test_every_row_has_every_metric(scores: dict[str, dict[str, float]]) -> None:
@@ -65,42 +94,52 @@ def test_no_baseline_passes_for_real_images(scores: dict[str, dict[str, float]])
 
 def test_real_agreement_is_judged_on_images_that_the_judge_has_not_learnt(sets: Sets) -> None:
     wrong = sets | {"val_labels": (sets["val_labels"] + 1) % 10}
-    assert score_generation(**wrong, extractor=pixels, config=PIXELS)["real"]["class_agreement"] < 0.05
+    assert score(wrong, PIXELS)["real"]["class_agreement"] < 0.05
 
 
 def test_scores_repeat_to_the_bit_and_features_are_taken_once(sets: Sets, scores: dict[str, dict[str, float]]) -> None:
-    seen: list[np.ndarray] = []
+    network = Pixels()
+    assert score(sets, PIXELS, network) == scores
+    assert len(network.images) == 400 + 400 + 400 + 16 + 400, "held out, samples, real, a mean per class, Gaussian"
 
-    def counting(images: np.ndarray) -> np.ndarray:
-        seen.append(images)
-        return pixels(images)
 
-    assert score_generation(**sets, extractor=counting, config=PIXELS) == scores
-    every = np.concatenate(seen).reshape(-1, 192)
-    assert len(every) == len(np.unique(every, axis=0))
-    assert len(every) <= 400 + 400 + 400 + 10 + 400
+def test_a_linear_probe_takes_features_of_training_images_once(sets: Sets) -> None:
+    network = Pixels()
+    score(sets, EvaluateSection(classifier="features", baselines=False), network)
+    assert len(network.images) == 400 + 400 + 912
+
+
+def test_metrics_that_are_asked_for_or_possible_are_added(sets: Sets) -> None:
+    head = np.random.default_rng(0).standard_normal((20, 64)).astype(np.float32)
+    config = EvaluateSection(classifier="none", kid_subset_size=50, baselines=False)
+    scores = score(sets, config, head=head)
+    assert list(scores) == ["samples", "real"]
+    assert list(scores["samples"])[-3:] == ["frechet_distance", "kernel_distance", "inception_score"]
+    assert scores["samples"]["inception_score"] > 1
+    with pytest.raises(ConfigError, match="subsets of 1000 needs that many images"):
+        score(sets, EvaluateSection(classifier="none", kid_subset_size=1000))
 
 
 def test_without_labels_class_metrics_are_absent(sets: Sets) -> None:
     unlabelled = sets | {key: np.full_like(sets[key], -1) for key in ("labels", "train_labels", "val_labels")}
-    for row in score_generation(**unlabelled, extractor=pixels, config=PIXELS).values():
+    for row in score(unlabelled, PIXELS).values():
         assert list(row) == ["precision", "recall", "density", "coverage", "frechet_distance"]
     unconditional = sets | {"labels": np.full_like(sets["labels"], -1)}
-    assert "class_agreement" not in score_generation(**unconditional, extractor=pixels, config=PIXELS)["samples"]
-    without = score_generation(**sets, extractor=pixels, config=EvaluateSection(classifier="none"))
+    assert "class_agreement" not in score(unconditional, PIXELS)["samples"]
+    without = score(sets, EvaluateSection(classifier="none"))
     assert all("class_agreement" not in row for row in without.values())
 
 
 def test_one_class_of_training_images_leaves_the_metrics_that_need_no_class(sets: Sets) -> None:
     one = sets | {key: np.zeros_like(sets[key]) for key in ("labels", "train_labels", "val_labels")}
-    for row in score_generation(**one, extractor=pixels, config=PIXELS).values():
+    for row in score(one, PIXELS).values():
         assert list(row) == ["precision", "recall", "density", "coverage", "frechet_distance"]
 
 
 def test_one_requested_class_teaches_nothing_to_transfer(sets: Sets) -> None:
     threes = sets["labels"] == 3
     only = sets | {"generated": sets["generated"][threes], "labels": sets["labels"][threes]}
-    scores = score_generation(**only, extractor=pixels, config=PIXELS)
+    scores = score(only, PIXELS)
     assert "transfer_accuracy" not in scores["samples"]
     assert scores["samples"]["class_agreement"] > 0.9
     assert "transfer_accuracy" in scores["real"]
@@ -108,7 +147,7 @@ def test_one_requested_class_teaches_nothing_to_transfer(sets: Sets) -> None:
 
 def test_a_linear_probe_can_be_the_judge(sets: Sets) -> None:
     probe = EvaluateSection(classifier="features", transfer_images=300)
-    scores = score_generation(**sets, extractor=pixels, config=probe)
+    scores = score(sets, probe)
     assert min(scores[row]["class_agreement"] for row in ("samples", "real", "class_means")) > 0.9
     assert scores["class_means"]["transfer_accuracy"] < scores["real"]["transfer_accuracy"]
 
@@ -117,4 +156,4 @@ def test_a_linear_probe_can_be_the_judge(sets: Sets) -> None:
 def test_an_empty_set_is_named(sets: Sets, key: str, what: str) -> None:
     labels = "labels" if key == "generated" else "val_labels"
     with pytest.raises(ConfigError, match=f"no {what} images"):
-        score_generation(**(sets | {key: sets[key][:0], labels: sets[labels][:0]}), extractor=pixels, config=PIXELS)
+        score(sets | {key: sets[key][:0], labels: sets[labels][:0]}, PIXELS)
