@@ -27,7 +27,7 @@ from rae.store.publish import replace_bytes
 class Features:
     """Features float32 [N, D] of the usable images of a set, in index order, read from the disk as they are needed.
 
-    `labels` [N] are theirs, `rows` [N] their rows in the set, `paths` the chunks' files. Iterating gives chunk after chunk.
+    `labels` [N] are theirs, `rows` [N] their rows in the set, `paths` the chunks' files. Iterating gives the chunks.
     """
 
     def __init__(self, paths: Sequence[Path], labels: NDArray[np.integer], dim: int) -> None:
