@@ -30,6 +30,7 @@ from rae.pipeline.cli_compare import compare_command
 from rae.pipeline.cli_config import config_app
 from rae.pipeline.cli_evaluate import evaluate_command
 from rae.pipeline.cli_export import export_app
+from rae.pipeline.cli_gc import gc_command, rm_command
 from rae.pipeline.cli_import import import_app
 from rae.pipeline.cli_shards import shards_command
 from rae.pipeline.cli_sharing import pull_command, push_command
@@ -206,6 +207,8 @@ app.command("verify")(verify_command)
 app.command("push")(push_command)
 app.command("pull")(pull_command)
 app.command("compare")(compare_command)
+app.command("gc")(gc_command)
+app.command("rm")(rm_command)
 
 
 @app.command("report")

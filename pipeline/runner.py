@@ -8,10 +8,12 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rae.pipeline import launch, stopping
 from rae.pipeline.console import Console
@@ -23,9 +25,22 @@ from rae.stages.job import Job, Publish, Result
 from rae.stages.sections import ShardsSection
 from rae.store.artifacts import Work, Workspace
 from rae.store.errors import ConfigError, CorruptData, MissingInput, PartialResult, RaeError, StaleInput
-from rae.store.manifest import Artifact, Json, Manifest, canonical, differing_fields, read_artifact
+from rae.store.lease import held
+from rae.store.manifest import (
+    Artifact,
+    Json,
+    Manifest,
+    canonical,
+    differing_fields,
+    milestone_recipe,
+    read_artifact,
+    recipe_id,
+)
 from rae.store.milestones import Run, milestone
 from rae.store.publish import fsync_folder, publish_bytes
+
+if TYPE_CHECKING:
+    from rae.stages.training.ranks import Ranks
 
 _REFUSALS = {
     errno.EACCES,
@@ -147,32 +162,51 @@ def make(workspace: Workspace, name: str, task: Task, options: Options) -> Outco
     stage, console = task.stage, options.console
     with launch.processes(options.device) as processes:
         # Rank 0 decides for all: another run may publish between two looks.
-        found = processes.broadcast(workspace.find(stage.kind, task.recipe) if processes.is_main else None)
+        found = processes.broadcast(_found(workspace, name, task) if processes.is_main else None)
         if found is not None:
-            if processes.is_main:
-                workspace.name(found, name)
             console.reused(stage.verb, found)
             _say_milestones(task, found, options)
             return Outcome(found, reused=True)
         console.begins(stage.verb)
-        inputs = {role: artifact.as_input() for role, artifact in task.inputs.items()}
-        begin = partial(workspace.begin, stage.kind, name, task.recipe, inputs, options.restart)
-        work = processes.broadcast(begin() if processes.is_main else None)
-        assert work is not None
-        try:
-            missing = processes.broadcast(_missing_milestones(task, work) if processes.is_main else None)
-            publish = partial(_publish_milestone, workspace, task, work, options)
-            manifest = _run(task, work, launch.device_of(options.device), options, missing or frozenset(), publish)
-        except BaseException:
-            if processes.is_main:
-                workspace.abandon(work)
-            raise
+        with held(workspace.objects, _refs(task)) if processes.is_main else nullcontext():
+            made = _make(workspace, name, task, options, processes)
+    console.done(stage.verb, made)
+    return Outcome(made, reused=False)
+
+
+def _found(workspace: Workspace, name: str, task: Task) -> Artifact | None:
+    """The artifact of a task's recipe, named; found again once it is, for until then it could be collected."""
+    found = workspace.find(task.stage.kind, task.recipe)
+    if found is None:
+        return None
+    workspace.name(found, name)
+    return workspace.find(task.stage.kind, task.recipe)
+
+
+def _refs(task: Task) -> list[str]:
+    """What must not be collected while a task runs: what it makes, milestones too, and what it makes it from."""
+    recipes = [task.recipe, *(milestone_recipe(task.recipe, step) for step in task.milestones)]
+    makes = [f"{task.stage.kind}/{recipe_id(recipe)}" for recipe in recipes]
+    return makes + [artifact.ref for artifact in task.inputs.values()]
+
+
+def _make(workspace: Workspace, name: str, task: Task, options: Options, processes: "Ranks | launch.Alone") -> Artifact:
+    inputs = {role: artifact.as_input() for role, artifact in task.inputs.items()}
+    begin = partial(workspace.begin, task.stage.kind, name, task.recipe, inputs, options.restart)
+    work = processes.broadcast(begin() if processes.is_main else None)
+    assert work is not None
+    try:
+        missing = processes.broadcast(_missing_milestones(task, work) if processes.is_main else None)
+        publish = partial(_publish_milestone, workspace, task, work, options)
+        manifest = _run(task, work, launch.device_of(options.device), options, missing or frozenset(), publish)
+    except BaseException:
         if processes.is_main:
-            workspace.publish(work, manifest)
-        processes.barrier()
-    artifact = read_artifact(work.folder)
-    console.done(stage.verb, artifact)
-    return Outcome(artifact, reused=False)
+            workspace.abandon(work)
+        raise
+    if processes.is_main:
+        workspace.publish(work, manifest)
+    processes.barrier()
+    return read_artifact(work.folder)
 
 
 def _missing_milestones(task: Task, work: Work) -> frozenset[int]:
@@ -285,11 +319,3 @@ def explained(error: OSError, command: str) -> RaeError | None:
     if error.errno in _REFUSALS:
         return MissingInput(f"{where} can't be read or written ({error.strerror})")
     return None
-
-
-def payload_bytes(artifact: Artifact) -> int:
-    """Bytes of an artifact on the disk, checkpoints and all; of latents what the manifest says of its many files."""
-    manifest = artifact.manifest
-    if manifest.kind == "latents":
-        return int(manifest.metrics["bytes"]) + sum(int(entry["bytes"]) for entry in manifest.files)
-    return sum(path.stat().st_size for path in Path(artifact.folder).rglob("*") if path.is_file())

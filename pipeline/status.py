@@ -4,7 +4,6 @@ import shutil
 
 from rae.pipeline.console import Console, duration, size
 from rae.pipeline.plan import STAGES, Pipeline
-from rae.pipeline.runner import payload_bytes
 from rae.stages.models.model_folder import read_json
 from rae.stages.sections import EncodeSection
 from rae.store.artifacts import Unfinished, Workspace
@@ -51,7 +50,7 @@ def _summary(artifact: Artifact) -> Json:
     inputs = [f"{one['kind']}/{one['id']}" for one in manifest.inputs.values()]
     created = manifest.provenance.get("created", "")
     head = {"kind": manifest.kind, "name": manifest.name, "id": manifest.id, "content": manifest.content}
-    return head | {"created": created, "bytes": payload_bytes(artifact), "inputs": inputs, "metrics": manifest.metrics}
+    return head | {"created": created, "bytes": artifact.payload_bytes, "inputs": inputs, "metrics": manifest.metrics}
 
 
 def _continue(one: Unfinished) -> str:
@@ -73,7 +72,7 @@ def show_artifact(workspace: Workspace, ref: str, console: Console) -> None:
             _summary(artifact) | details | {"recipe": manifest.recipe, "encoder": encoder, "invalid": invalid}
         )
         return
-    console.say(f"{artifact.kind}/{artifact.id}  `{manifest.name}`  {size(payload_bytes(artifact))}  {artifact.folder}")
+    console.say(f"{artifact.kind}/{artifact.id}  `{manifest.name}`  {size(artifact.payload_bytes)}  {artifact.folder}")
     console.say(f"content {manifest.content}")
     sections = {"numbers": manifest.metrics, "provenance": manifest.provenance, **manifest.config}
     if encoder is not None:

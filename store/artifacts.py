@@ -60,6 +60,7 @@ class Unfinished:
     id: str
     name: str
     recipe: Json
+    inputs: Json
     folder: Path
 
 
@@ -131,11 +132,12 @@ class Workspace:
         mirror.begin(data)
         return Artifact(mirror.folder, manifest, mirror)
 
-    def artifacts(self, *kinds: str) -> Iterator[Artifact]:
-        """Every artifact (of these kinds) that is published here, by kind and id."""
+    def artifacts(self, *kinds: str, known: Mapping[str, Artifact] | None = None) -> Iterator[Artifact]:
+        """Every artifact (of these kinds) that is published here, by kind and id; those of `known` are not read."""
         for kind in kinds or KINDS:
             for id in self.objects.folders(f"objects/{kind}"):
-                if (artifact := self._read(kind, id)) is not None:
+                artifact = (known or {}).get(f"{kind}/{id}") or self._read(kind, id)
+                if artifact is not None:
                     yield artifact
 
     def unfinished(self) -> Iterator[Unfinished]:
@@ -145,7 +147,20 @@ class Workspace:
                 if self.objects.read(f"objects/{kind}/{id}/manifest.json") is None and (
                     started := self._started(kind, id)
                 ):
-                    yield Unfinished(kind, id, started["name"], started["recipe"], self.folder(kind, id))
+                    yield Unfinished(
+                        kind, id, started["name"], started["recipe"], started["inputs"], self.folder(kind, id)
+                    )
+
+    def names(self) -> dict[str, str]:
+        """What every `KIND/NAME` means, as `KIND/ID`, whether that is there or not."""
+        found = {}
+        for stored in self.objects.below("refs"):
+            match stored.key.removesuffix(".json").split("/"):
+                case ["refs", kind, name] if kind in KINDS and _NAME.fullmatch(name):
+                    id = _parsed(self.objects.read(stored.key) or b"{}", f"{self.place}/{stored.key}").get("id")
+                    if isinstance(id, str) and ID.fullmatch(id):
+                        found[f"{kind}/{name}"] = f"{kind}/{id}"
+        return found
 
     def resolve(self, ref: str, kind: str | None = None) -> Artifact:
         """The artifact a REF means: `KIND/NAME`, `KIND/ID`, a path, or a bare name or id if it is unique.
@@ -224,7 +239,7 @@ class Workspace:
                 return self.begin(kind, name, recipe, inputs)
             if fields := "; ".join(differing_fields(dict(inputs), before["inputs"])):
                 changed = f"an input of the unfinished {kind} `{name}` has changed since it began ({fields})"
-                self._drop(Unfinished(kind, id, name, recipe, folder), changed, restart)
+                self._drop(Unfinished(kind, id, name, recipe, dict(inputs), folder), changed, restart)
                 return self.begin(kind, name, recipe, inputs)
         attempts = sorted(folder.glob("attempts/*"), key=lambda path: path.stat().st_mtime, reverse=True)
         attempt = folder
@@ -273,6 +288,10 @@ class Workspace:
         key, data = f"refs/{artifact.kind}/{name}.json", json.dumps({"id": artifact.id}).encode()
         if self.objects.read(key) != data:
             self.objects.replace(key, data)
+
+    def forget(self, kind: str, name: str) -> None:
+        """Let `KIND/NAME` mean nothing."""
+        self.objects.remove(f"refs/{kind}/{name}.json")
 
     def _drop(self, work: Unfinished, why: str, allowed: bool) -> None:
         """Remove unfinished work, which nothing published can refer to; `StaleInput` says why unless it is allowed."""

@@ -97,7 +97,7 @@ class Bucket:
         with self._translated(prefix):
             for some in obstore.list(self._store, prefix or None):
                 for one in some:
-                    yield Stored(one["path"], one["size"])
+                    yield Stored(one["path"], one["size"], one["last_modified"].timestamp())
 
     def folders(self, prefix: str) -> list[str]:
         import obstore
@@ -118,6 +118,15 @@ class Bucket:
         for block in self.stream(key):
             digest.update(block)
         return digest.hexdigest()
+
+    def written(self, key: str) -> float | None:
+        import obstore
+
+        try:
+            found = self._ask(key, lambda: obstore.head(self._store, key))
+        except FileNotFoundError:
+            return None
+        return float(found["last_modified"].timestamp())
 
     def remove(self, key: str) -> None:
         import obstore

@@ -139,6 +139,17 @@ class Artifact:
         return f"objects/{self.kind}/{self.id}"
 
     @property
+    def ref(self) -> str:
+        """`KIND/ID`."""
+        return f"{self.kind}/{self.id}"
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the payload, as the manifest has them; of latents with their parts, which it does not list."""
+        parts = self.manifest.metrics.get("bytes") if self.kind == "latents" else 0
+        return sum(int(entry["bytes"]) for entry in self.manifest.files) + (parts if type(parts) is int else 0)
+
+    @property
     def payload(self) -> Path:
         """The folder of the payload: the winning attempt's, or the artifact's own (latents, shards at a path).
 
@@ -146,11 +157,16 @@ class Artifact:
         `checkpoint` is for, and the latents themselves, which are read where they lie.
         """
         self._bring([entry for entry in self.manifest.files if not _of_checkpoint(entry)])
+        return self.folder if self.attempt is None else self.folder / "attempts" / self.attempt
+
+    @property
+    def attempt(self) -> str | None:
+        """The name of the attempt that was published; None where the payload is the artifact's own folder."""
         for entry in self.manifest.files:
             parts = Path(entry["path"]).parts
             if parts[0] == "attempts":
-                return self.folder / parts[0] / parts[1]
-        return self.folder
+                return parts[1]
+        return None
 
     @property
     def checkpoint(self) -> Path | None:

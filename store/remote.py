@@ -6,12 +6,14 @@ does. Credentials come from the environment as each provider names them (AWS_*, 
 that is written or said.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
@@ -24,10 +26,11 @@ SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 
 
 class Stored(NamedTuple):
-    """An object: its key, a path with `/` below the place, and its size."""
+    """An object: its key, a path with `/` below the place, its size, and when it was written, in seconds since 1970."""
 
     key: str
     bytes: int
+    written: float
 
 
 class ObjectStore(Protocol):
@@ -71,6 +74,9 @@ class ObjectStore(Protocol):
 
     def digest(self, key: str) -> str | None:
         """The sha256 of an object; None if there is none."""
+
+    def written(self, key: str) -> float | None:
+        """When an object was written, in seconds since 1970; None if there is none."""
 
     def remove(self, key: str) -> None:
         """Remove an object, or all below a folder, if it is there."""
@@ -154,12 +160,15 @@ class LocalFolder:
         for folder, _, names in os.walk(self.root / prefix):
             for name in sorted(names):
                 path = Path(folder, name)
-                if not name.endswith(".partial") and path.is_file():
-                    yield Stored(path.relative_to(self.root).as_posix(), path.stat().st_size)
+                with contextlib.suppress(FileNotFoundError):  # removed just now
+                    stat = path.stat()
+                    if not name.endswith(".partial") and S_ISREG(stat.st_mode):
+                        yield Stored(path.relative_to(self.root).as_posix(), stat.st_size, stat.st_mtime)
 
     def folders(self, prefix: str) -> list[str]:
         try:
-            return sorted(entry.name for entry in os.scandir(self.root / prefix) if entry.is_dir())
+            entries = list(os.scandir(self.root / prefix))
+            return sorted(one.name for one in entries if one.is_dir() and not one.name.endswith(".partial"))
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -167,12 +176,23 @@ class LocalFolder:
         path = self.root / key
         return file_sha256(path) if path.is_file() else None
 
+    def written(self, key: str) -> float | None:
+        try:
+            return (self.root / key).lstat().st_mtime
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def remove(self, key: str) -> None:
         path = self.root / key
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        # Its name goes first: whoever begins the same work now begins it anew.
+        aside = path if path.name.endswith(".partial") else temporary_name(path)
+        with contextlib.suppress(FileNotFoundError):  # somebody else was faster
+            if aside != path:
+                path.rename(aside)
+            if aside.is_dir() and not aside.is_symlink():
+                shutil.rmtree(aside)
+            else:
+                aside.unlink()
 
 
 def checked(blocks: Iterable[bytes], size: int, sha256: str, what: str) -> Iterator[bytes]:

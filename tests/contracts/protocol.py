@@ -6,6 +6,7 @@ A backend subclasses both, with a fixture `place`: an empty folder or URL that n
 import hashlib
 import json
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import pytest
 
 from rae.store.artifacts import Work, Workspace
 from rae.store.errors import CorruptData, MissingInput, StaleInput
+from rae.store.lease import held
 from rae.store.manifest import Artifact, Json, Manifest, recipe_id
 from rae.store.remote import BLOCK_BYTES, open_objects
+from rae.store.removal import Collector, remove_artifact
 
 Place = str | Path
 
@@ -62,6 +65,7 @@ class ObjectsContract:
         objects = open_objects(place)
         assert objects.read("a/b") is None
         assert objects.digest("a/b") is None
+        assert objects.written("a/b") is None
         assert objects.folders("a") == []
         assert list(objects.below("a")) == []
         objects.remove("a/b")
@@ -78,7 +82,13 @@ class ObjectsContract:
         for key in ("x/b/2", "x/a/1", "x/a/deep/3", "xy/c", "x/file"):
             objects.create(key, key.encode())
         assert objects.folders("x") == ["a", "b"]
-        assert sorted(objects.below("x/a")) == [("x/a/1", 5), ("x/a/deep/3", 10)]
+        found = sorted(objects.below("x/a"))
+        assert [(one.key, one.bytes) for one in found] == [("x/a/1", 5), ("x/a/deep/3", 10)]
+        for one in found:
+            assert abs(one.written - time.time()) < 60
+            written = objects.written(one.key)
+            assert written is not None
+            assert abs(one.written - written) < 2
         objects.remove("x/a")
         assert sorted(one.key for one in objects.below("")) == ["x/b/2", "x/file", "xy/c"]
 
@@ -217,3 +227,25 @@ class WorkspaceContract:
         assert list(workspace.artifacts())
         assert not list(workspace.unfinished())
         assert everything(place) == before
+
+    def test_what_has_lost_its_name_is_collected_unless_a_lease_holds_it(self, place: Place) -> None:
+        workspace = Workspace(place)
+        before, now = make(workspace, lr=1.0), make(workspace, lr=2.0)
+        collector = Collector(workspace, grace=0.0)
+        with held(workspace.objects, [before.ref]):
+            assert not collector.find()
+        assert not Collector(workspace, grace=3600.0).find()
+        (found,) = collector.find()
+        assert (found.artifact, found.bytes > len(b"weights")) == (before.ref, True)
+        assert collector.remove(found)
+        assert {key.split("/")[2] for key in everything(place) if key.startswith("objects/")} == {now.id}
+        assert workspace.find("dit", recipe(lr=1.0)) is None
+        assert workspace.resolve("mine") == now
+
+    def test_an_artifact_is_removed_with_its_names(self, place: Place) -> None:
+        workspace = Workspace(place)
+        made = make(workspace, lr=1.0)
+        workspace.name(made, "best")
+        assert workspace.names() == {"dit/best": made.ref, "dit/mine": made.ref}
+        assert remove_artifact(workspace, made) == [made]
+        assert everything(place) == {}

@@ -7,28 +7,12 @@ from typing import Any
 
 import pytest
 
-from rae.store.artifacts import Work, Workspace, check_name
+from rae.store.artifacts import Workspace, check_name
 from rae.store.errors import ConfigError, CorruptData, MissingInput, StaleInput
-from rae.store.manifest import Artifact, Json, Manifest, recipe_id
+from rae.store.manifest import recipe_id
+from tests.store.making import describe, make, recipe
 
 LATENTS = {"kind": "latents", "id": "ab" * 8, "content": "1" * 64}
-
-
-def recipe(kind: str = "dit", **config: Any) -> Json:
-    return {"kind": kind, "config": {kind: config}, "inputs": {}}
-
-
-def describe(work: Work, content: str = "c" * 64) -> Manifest:
-    """The manifest of an attempt that holds one file."""
-    path = work.attempt / "payload"
-    path.write_bytes(content.encode())
-    entry = {"path": path.relative_to(work.folder).as_posix(), "bytes": len(content), "sha256": "0" * 64}
-    return Manifest(work.kind, work.name, work.recipe, content, {}, work.recipe["config"], [entry], {"seconds": 1.0})
-
-
-def make(workspace: Workspace, kind: str = "dit", name: str = "mine", **config: Any) -> Artifact:
-    work = workspace.begin(kind, name, recipe(kind, **config), {})
-    return workspace.publish(work, describe(work))
 
 
 @pytest.fixture
