@@ -61,6 +61,22 @@ class Batch:
         """Names of the samples, read when a message needs them."""
         return self.feed.keys_of(self.rows)
 
+    def split(self, parts: int) -> list["Batch"]:
+        """The same samples in equal parts, in order."""
+        size = len(self.rows) // parts
+        return [self._only(slice(first, first + size)) for first in range(0, len(self.rows), size)]
+
+    def _only(self, rows: slice) -> "Batch":
+        return replace(
+            self,
+            images=self.images[rows],
+            stored=None if self.stored is None else self.stored[rows],
+            level=self.level[rows],
+            noise=self.noise[rows],
+            augment_draws=self.augment_draws[:, rows],
+            rows=self.rows[rows],
+        )
+
 
 TokensOf: TypeAlias = Callable[[Batch], tuple[Tensor, Tensor]]  # clean and noised
 LossOf: TypeAlias = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]  # of made images: the mean, its parts

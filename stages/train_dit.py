@@ -43,6 +43,12 @@ class Batch:
         """Names of the samples, read when a message needs them."""
         return self.store.keys_of(self.rows)
 
+    def split(self, parts: int) -> list["Batch"]:
+        """The same samples in equal parts, in order."""
+        tensors = (tensor.chunk(parts) for tensor in (self.x, self.y, self.t, self.noise))
+        pieces = zip(*tensors, np.split(self.rows, parts), strict=True)
+        return [Batch(x, y, t, noise, self.store, rows) for x, y, t, noise, rows in pieces]
+
 
 def run(section: TrainDitSection, latents: Artifact, beginning: Beginning, job: Job) -> Result:
     """Train the transformer that `section` describes; returns its payload and the last losses."""

@@ -16,15 +16,14 @@ def generator_loss(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def discriminator_loss(kind: DiscLoss, real: Tensor, fake: Tensor) -> Tensor:
-    """Half of what real logits lack plus half of what made ones exceed, 0-dim.
+def discriminator_loss(kind: DiscLoss, logits: Tensor, real: bool) -> Tensor:
+    """Half of what real images' logits lack, or half of what made ones' exceed; the sum of both is the loss. 0-dim.
 
     `hinge` (Lim and Ye 2017) stops caring beyond a margin of 1; `vanilla` is the cross-entropy (Goodfellow et al.
     2014).
     """
-    if kind == "hinge":
-        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+    wrong = -logits if real else logits
+    return 0.5 * (F.relu(1 + wrong) if kind == "hinge" else F.softplus(wrong)).mean()
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, max_d_weight: float) -> Tensor:

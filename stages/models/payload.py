@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rae.stages.models.saving import digest_weights, save_weights
+from rae.stages.models.saving import digest_weights, link_file, save_weights
 from rae.store.manifest import Json, canonical
 from rae.store.publish import write_durably
 
@@ -32,15 +32,19 @@ class Payload:
         return files
 
     def save(
-        self, folder: Path, model: Mapping[str, Tensor] | None, ema: Mapping[str, Tensor]
+        self, folder: Path, model: Mapping[str, Tensor] | None, ema: Mapping[str, Tensor], stored: Path | None = None
     ) -> tuple[tuple[Path, ...], str]:
-        """Write it with its weights; returns the files, and one digest over the description and all tensors."""
+        """Write it with its weights; returns the files, and one digest over the description and all tensors.
+
+        `stored` is a folder that may hold files of these very weights already, by the same names: they are linked.
+        """
         groups = {"ema": ema} if model is None else {"model": model, "ema": ema}
         files = self.describe(folder)
         digests: Json = {"about": self.about}
         for group, tensors in groups.items():
             files.append(folder / f"{group}.safetensors")
-            save_weights(files[-1], tensors)
+            if stored is None or not link_file(stored / files[-1].name, files[-1]):
+                save_weights(files[-1], tensors)
             digests[group] = digest_weights(tensors)
         if self.stats is not None:
             digests["latent_stats"] = digest_weights(self._named_stats())

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
+def link_file(stored: Path, path: Path) -> bool:
+    """Give a file that is never changed a second name; False where there is none, or the file system has no links."""
+    path.unlink(missing_ok=True)  # whoever wrote into it would change what else it is
+    try:
+        path.hardlink_to(stored)
+    except OSError:
+        return False
+    return True
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Fill `model` from a file; `CorruptData` names what is missing, unknown or of another shape."""
     model.load_state_dict(read_weights(path, model.state_dict()))
@@ -47,11 +58,50 @@ def read_weights(path: Path, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, whatever they are; `CorruptData` if it can't be read."""
+    """The tensors of NAME.safetensors, or of the shards in the folder NAME; `CorruptData` if they can't be read."""
+    shards = path.with_suffix("")
     try:
-        return load_file(path)
+        return _read_shards(shards) if shards.is_dir() and not path.exists() else load_file(path)
     except (OSError, SafetensorError) as error:
         raise CorruptData(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def save_shards(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write what each rank holds of tensors that lie in shards, a safetensors file each, flushed to the disk.
+
+    All ranks call at once, and all raise `OSError` if one of them does. torch's own format for this keeps its index in
+    a pickle, which nobody should load from a folder that others can write to; here every file says what it is a slice
+    of.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    try:
+        save(dict(state), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(folder)) from error
+        raise
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    """The whole tensors, from any number of shards."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(of.size, dtype=of.properties.dtype)
+        for name, of in found.items()
+        if isinstance(of, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as it is meant to be
+        load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return state
 
 
 def check_weights(state: Mapping[str, Tensor], own: Mapping[str, Tensor], where: str, what: str = "this model") -> None:

@@ -5,7 +5,8 @@ discriminator learns from. The made image is a leaf, at which each loss is diffe
 pulled back to the decoder's last weight alone to weigh them, and their sum goes through the decoder once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -17,10 +18,11 @@ from rae.stages.models.diffaug import DRAWS, diff_augment
 from rae.stages.models.discriminator import Discriminator
 from rae.stages.models.gan_losses import adaptive_weight, discriminator_loss, generator_loss
 from rae.stages.training.checkpoints import Groups
-from rae.stages.training.loop import Batch, NonFinite, Trainee, finite
+from rae.stages.training.loop import Batch, NonFinite, Trainee, finite, mean_numbers
 from rae.stages.training.optimizer import build_optimizer, descend, load_optimizer, optimizer_tensors
+from rae.stages.training.parallel import agree, averaging, spread
 from rae.stages.training.randomness import uniform
-from rae.stages.training.ranks import Ranks, wrap
+from rae.stages.training.ranks import Ranks
 from rae.stages.training.sections import TrainDecoderSection
 
 # What the discriminator is shown: made images to judge, then made and real ones to learn from.
@@ -48,6 +50,20 @@ def augment_draws(seed: int, epoch: int, rows: np.ndarray) -> Tensor:
     return torch.stack([torch.stack(columns, dim=1) for columns in views])
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """Losses of made images, 0-dim: the reconstruction's, and all parts to log.
+
+    `at_image` are the gradients [B, 3, S, S] of reconstruction and generator there, `at_last_layer` [2, *layer] those
+    at the decoder's last weight, if the generator counts yet.
+    """
+
+    loss: Tensor
+    made_of: dict[str, Tensor]
+    at_image: tuple[Tensor, Tensor]
+    at_last_layer: Tensor | None
+
+
 class AdversarialLearner(Trainee[S]):
     """A decoder against a discriminator, each with its optimizer; only the discriminator's heads learn.
 
@@ -73,7 +89,7 @@ class AdversarialLearner(Trainee[S]):
         self.last_layer = decoder.last_layer
         self.discriminator, self.tokens, self.reconstruction = discriminator.to(device), tokens, reconstruction
         self.heads = self.discriminator.heads
-        self.judge = wrap(self.discriminator, ranks, device)
+        self.judge = spread(agree(self.discriminator, ranks), "ddp", ranks, device)
         self.disc_optimizer = build_optimizer(self.heads, section)
         self.disc_start, self.gan_start = (section.start_step(part, self.schedule[0]) for part in ("disc", "gan"))
         if section.compile:
@@ -82,78 +98,131 @@ class AdversarialLearner(Trainee[S]):
                 block.compile()
 
     def step(self, batch: S, step: int) -> dict[str, float | Tensor]:
-        """Teach the decoder, then the discriminator; parts that have not begun count and are logged as 0.
+        """Teach the decoder, then the discriminator; what has not begun counts and is logged as 0.
 
         As of every `Trainee`; but `NonFinite` of the discriminator leaves only the discriminator as it was, since the
         decoder, whose images it was shown, has learnt by then.
         """
+        parts = self.parts(batch)
         with torch.no_grad(), self.autocast():
-            clean, noised = self.tokens(batch)
-        return self._decoder_step(noised, batch, step) | self._discriminator_step(clean, batch, step)
+            clean, noised = zip(*(self.tokens(part) for part in parts), strict=True)
+        return self._decoder_step(noised, parts, batch, step) | self._discriminator_step(clean, parts, batch, step)
 
-    def _decoder_step(self, noised: Tensor, batch: S, step: int) -> dict[str, float | Tensor]:
+    def _decoder_step(
+        self, noised: Sequence[Tensor], parts: Sequence[S], batch: S, step: int
+    ) -> dict[str, float | Tensor]:
+        """The generator's weight is the whole batch's, so every part is judged before any goes backwards.
+
+        The one part of a batch keeps its graph for that; several make their images again, which takes less than keeping
+        them all.
+        """
         self.optimizer.zero_grad()
         self.heads.eval()
+        alone = len(parts) == 1
+        images, judged = [], []
+        for tokens, part in zip(noised, parts, strict=True):
+            with self.autocast():
+                images.append((self.forward if alone else self.model)(tokens))
+            judged.append(self._judge(images[-1], part, step))
+            if not alone:
+                images.clear()
+        d_weight = self._adaptive_weight([one.at_last_layer for one in judged])
+        numbers: list[dict[str, float | Tensor]] = []
+        for part, one in zip(parts, judged, strict=True):
+            loss = one.loss + self.section.disc_weight * d_weight * one.made_of["gen_loss"]
+            value = finite("loss", loss.item(), part, step, self.ranks, one.made_of)
+            numbers.append({"loss": value, **one.made_of, "d_weight": d_weight})
+        for tokens, part, one in zip(noised, parts, judged, strict=True):
+            reconstruction, generator = one.at_image
+            with averaging(self.forward, last=part is parts[-1]):
+                if not alone:
+                    with self.autocast():
+                        images = [self.forward(tokens)]
+                gradient = reconstruction + self.section.disc_weight * d_weight * generator
+                images.pop().backward(gradient / len(parts))
+        check = self.check_norm("grad_norm", batch, step)
+        norm = descend(self.optimizer, self.model, self.rate(step), self.section.clip_grad, check)
+        self.ema.update(self.model)
+        return {**mean_numbers(numbers), "grad_norm": norm}
+
+    def _judge(self, made: Tensor, batch: S, step: int) -> "_Judged":
+        """Both losses of made images, and their gradients there and at the last layer."""
+        image = made.detach().requires_grad_()
         with self.autocast():
-            made = self.forward(noised)
-            image = made.detach().requires_grad_()
-            loss, parts = self.reconstruction(image, batch)
-        (gradient,) = torch.autograd.grad(loss, image)
-        generator = d_weight = torch.zeros((), device=self.device)
+            loss, made_of = self.reconstruction(image, batch)
+        (reconstruction,) = torch.autograd.grad(loss, image)
+        generator, adversarial = torch.zeros((), device=self.device), torch.zeros_like(reconstruction)
+        at_last_layer = None
         if step >= self.gan_start:
             with self.autocast():
                 generator = generator_loss(self.discriminator(self._view(image, batch.augment_draws[0])))
             (adversarial,) = torch.autograd.grad(generator, image)
-            d_weight = self._adaptive_weight(made, gradient, adversarial)
-            loss = loss + self.section.disc_weight * d_weight * generator
-            gradient = gradient + self.section.disc_weight * d_weight * adversarial
-        numbers = {name: part.detach() for name, part in (parts | {"gen_loss": generator}).items()}
-        value = finite("loss", loss.item(), batch, step, self.ranks, numbers)
-        made.backward(gradient)
-        check = self.check_norm("grad_norm", batch, step)
-        norm = descend(self.optimizer, self.model, self.rate(step), self.section.clip_grad, check)
-        self.ema.update(self.model)
-        return {"loss": value, **numbers, "d_weight": d_weight, "grad_norm": norm}
+            gradients = [
+                torch.autograd.grad(made, self.last_layer, at_image, retain_graph=True)[0]
+                for at_image in (reconstruction, adversarial)
+            ]
+            at_last_layer = torch.stack(gradients)
+        numbers = {name: part.detach() for name, part in (made_of | {"gen_loss": generator}).items()}
+        return _Judged(loss.detach(), numbers, (reconstruction, adversarial), at_last_layer)
 
-    def _adaptive_weight(self, made: Tensor, reconstruction: Tensor, generator: Tensor) -> Tensor:
-        """The generator's weight from both gradients at the made image, of the global batch on every rank."""
-        gradients = [
-            torch.autograd.grad(made, self.last_layer, at_image, retain_graph=True)[0]
-            for at_image in (reconstruction, generator)
-        ]
-        of_reconstruction, of_generator = self.ranks.all_reduce_mean(torch.stack(gradients))
-        return adaptive_weight(of_reconstruction, of_generator, self.section.max_d_weight)
+    def _adaptive_weight(self, at_last_layer: Sequence[Tensor | None]) -> Tensor:
+        """The generator's weight, of the global batch on every rank; 0 before it begins."""
+        gradients = [gradient for gradient in at_last_layer if gradient is not None]
+        if not gradients:
+            return torch.zeros((), device=self.device)
+        mean = self.ranks.all_reduce_mean(sum(gradients[1:], gradients[0]) / len(gradients))
+        return adaptive_weight(mean[0], mean[1], self.section.max_d_weight)
 
-    def _discriminator_step(self, clean: Tensor, batch: S, step: int) -> dict[str, float | Tensor]:
+    def _discriminator_step(
+        self, clean: Sequence[Tensor], parts: Sequence[S], batch: S, step: int
+    ) -> dict[str, float | Tensor]:
         if step < self.disc_start:
             return dict.fromkeys(("disc_loss", "logits_real", "logits_fake", "disc_grad_norm"), 0.0)
         vectors = {name: vector.clone() for name, vector in self.heads.named_buffers()}
         try:
-            return self._teach_discriminator(clean, batch, step)
+            return self._teach_discriminator(clean, parts, batch, step)
         except NonFinite:
             for name, vector in self.heads.named_buffers():
                 vector.copy_(vectors[name])  # the forward passes have moved those of the spectral norms
             raise
 
-    def _teach_discriminator(self, clean: Tensor, batch: S, step: int) -> dict[str, float | Tensor]:
+    def _teach_discriminator(
+        self, clean: Sequence[Tensor], parts: Sequence[S], batch: S, step: int
+    ) -> dict[str, float | Tensor]:
         self.disc_optimizer.zero_grad()
-        self.heads.train()
-        with torch.no_grad(), self.autocast():
-            made = self.forward(clean)
-        made = made.float().clamp(0, 1).mul(255).round().div(255)  # as it would be read from a file
-        _, for_fake, for_real = batch.augment_draws
-        with self.autocast():
-            # One pass each, as officially: a pass is one step of the spectral norms' power iteration.
-            fake = self.judge(self._view(made, for_fake))
-            real = self.judge(self._view(batch.images, for_real))
-            loss = discriminator_loss(self.section.disc_loss, real, fake)
-        value = finite("discriminator's loss", loss.item(), batch, step, self.ranks)
-        loss.backward()  # type: ignore[no-untyped-call]
+        sums = [self._tell(False, parts, clean), self._tell(True, parts, clean)]
+        numbers = [fake | real for fake, real in zip(*sums, strict=True)]
+        for part, of_part in zip(parts, numbers, strict=True):
+            of_part["disc_loss"] = of_part.pop("loss_real") + of_part.pop("loss_fake")
+            finite("discriminator's loss", float(of_part["disc_loss"]), part, step, self.ranks)
         # Its own updates alone count for its rate; it is not clipped, as officially.
         rate, check = self.rate(step - self.disc_start), self.check_norm("disc_grad_norm", batch, step)
         norm = descend(self.disc_optimizer, self.heads, rate, 0, check)
-        logits = {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}
-        return {"disc_loss": value, **logits, "disc_grad_norm": norm}
+        return {**mean_numbers(numbers), "disc_grad_norm": norm}
+
+    def _tell(self, real: bool, parts: Sequence[S], clean: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Add the gradient of the discriminator's loss on real images, or on made ones; returns each part's numbers.
+
+        A pass of a batch is one step of the spectral norms' power iteration, as officially: its first part takes it.
+        """
+        kind, numbers = "real" if real else "fake", []
+        for tokens, part in zip(clean, parts, strict=True):
+            self.heads.train(part is parts[0])
+            images = part.images if real else self._as_file(tokens)
+            # Made images come first: what the last pass sends to other ranks is the sum of both.
+            with averaging(self.judge, last=real and part is parts[-1]):
+                with self.autocast():
+                    logits = self.judge(self._view(images, part.augment_draws[VIEWS.index(kind)]))
+                    loss = discriminator_loss(self.section.disc_loss, logits, real)
+                (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
+            numbers.append({f"loss_{kind}": loss.detach(), f"logits_{kind}": logits.detach().mean()})
+        return numbers
+
+    def _as_file(self, tokens: Tensor) -> Tensor:
+        """Images made of clean tokens, as they would be read from a file."""
+        with torch.no_grad(), self.autocast():
+            made: Tensor = self.forward(tokens)
+        return made.float().clamp(0, 1).mul(255).round().div(255)
 
     def _view(self, images: Tensor, draws: Tensor) -> Tensor:
         """Images in [0, 1] as the discriminator is shown them: in [-1, 1], augmented."""

@@ -1,6 +1,7 @@
 """Checkpoints: immutable folders of safetensors, published whole, verified before they are believed.
 
-ATTEMPT/checkpoints/step-00000500/model.safetensors ...     one file per group of tensors
+ATTEMPT/checkpoints/step-00000500/model.safetensors ...     one file per group of tensors,
+ATTEMPT/checkpoints/step-00000500/model/shard-...           or one per rank, where they lie in shards
 ATTEMPT/checkpoints/step-00000500/dit.json ...              what the model is: it can be sampled from here
 ATTEMPT/checkpoints/step-00000500/checkpoint.json           step, state, sha256 of each file and of itself
 """
@@ -16,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from rae.stages.models.saving import save_weights
+from rae.stages.models.saving import read_tensors, save_shards, save_weights
+from rae.stages.training.parallel import is_sharded
+from rae.stages.training.ranks import ALONE, Ranks
 from rae.store.errors import CorruptData, PartialResult
 from rae.store.manifest import Json, canonical
 from rae.store.publish import fsync_folder, temporary_name, write_durably
@@ -55,21 +56,32 @@ def save(
     state: Json,
     keep: int,
     describe: Describe = lambda folder: (),
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Publish a checkpoint, then drop all of this attempt but the newest `keep` up to here; returns its folder.
 
     `describe` writes more files that belong to it: what the model is. The folder appears whole, under its name, after
     everything in it is on the disk. Raises `PartialResult` if the disk is full; the checkpoints that were there remain,
-    and nothing of the new one does.
+    and nothing of the new one does. All ranks call it at once: the first one writes, and the others write their shards
+    of what lies in shards.
     """
     folder = attempt / "checkpoints" / f"step-{step:08d}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder.parent)
+    sharded = any(map(is_sharded, groups.values()))
+    if not (ranks.is_main or sharded):
+        return folder
     temporary = temporary_name(folder)
     try:
-        temporary.mkdir()
-        _write(temporary, step, groups, state, describe)
-        _publish(temporary, folder)
+        if ranks.is_main:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(folder.parent)
+            temporary.mkdir()
+        if sharded:
+            temporary = ranks.broadcast(temporary)
+            for group, tensors in groups.items():
+                save_shards(temporary / group, tensors)
+        if ranks.is_main:
+            _write(temporary, step, {} if sharded else groups, state, describe)
+            _publish(temporary, folder)
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -79,8 +91,10 @@ def save(
             f"df -h {folder.parent}",
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _prune(attempt, step, keep)
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+    if ranks.is_main:
+        _prune(attempt, step, keep)
     return folder
 
 
@@ -98,16 +112,10 @@ def newest(attempts: Sequence[Path]) -> Checkpoint | None:
 def load(folder: Path) -> Checkpoint:
     """Read a checkpoint's folder onto the CPU; `CorruptData` unless every byte is what was saved."""
     description = _description(folder)
-    tensors = {}
     for name, digest in description["files"].items():
-        path = folder / name
-        _verify(path, digest)
-        if path.suffix != ".safetensors":
-            continue
-        try:
-            tensors[path.stem] = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CorruptData(f"{path} cannot be read ({error})") from error
+        _verify(folder / name, digest)
+    groups = {_group(name) for name in description["files"] if name.endswith(".safetensors")}
+    tensors = {group: read_tensors(folder / f"{group}.safetensors") for group in sorted(groups)}
     return Checkpoint(description["step"], tensors, description["state"], folder)
 
 
@@ -129,13 +137,15 @@ def find_model(attempts: Sequence[Path], weights: str, step: int | None = None) 
     for folder in sorted(found, key=_step, reverse=True):
         try:
             files = _description(folder)["files"]
-            needed = [name for name in files if name.endswith(".json") or Path(name).stem in (weights, "latent_stats")]
+            needed = [name for name in files if name.endswith(".json") or _group(name) in (weights, "latent_stats")]
             for name in needed:
                 _verify(folder / name, files[name])
         except CorruptData as error:
             logger.warning("skipped a checkpoint: %s", error)
         else:
-            return folder, _step(folder), str(files[f"{weights}.safetensors"])
+            digests = [files[name] for name in sorted(needed) if _group(name) == weights]
+            digest = digests[0] if len(digests) == 1 else hashlib.sha256(canonical(digests)).hexdigest()
+            return folder, _step(folder), str(digest)
     return None
 
 
@@ -151,7 +161,8 @@ def _verify(path: Path, digest: str) -> None:
 def _write(
     folder: Path, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Json, describe: Describe
 ) -> None:
-    files = {path.name: _sha256(path) for path in describe(folder)}
+    written = [*folder.glob("*/*.safetensors"), *describe(folder)]
+    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(written)}
     for group, tensors in groups.items():
         path = folder / f"{group}.safetensors"
         save_weights(path, tensors)
@@ -159,6 +170,8 @@ def _write(
     description = {"schema": 1, "step": step, "files": files, "state": state}
     whole = {**description, "sha256": hashlib.sha256(canonical(description)).hexdigest()}
     write_durably(folder / "checkpoint.json", json.dumps(whole, indent=1, allow_nan=False).encode())
+    for shards in folder.glob("*/"):
+        fsync_folder(shards)
     fsync_folder(folder)
 
 
@@ -197,7 +210,7 @@ def _description(folder: Path) -> Json:
         raise CorruptData(f"{path} cannot be read ({error})") from error
     if not intact:
         raise CorruptData(f"{path} is not what was saved")
-    if bad := [name for name in description["files"] if not re.fullmatch(r"\w+\.(safetensors|json)", name)]:
+    if bad := [name for name in description["files"] if not re.fullmatch(r"(\w+/)?[\w-]+\.(safetensors|json)", name)]:
         raise CorruptData(f"{path} names {bad[0]!r}, which is no file of a checkpoint")
     return dict(description)
 
@@ -206,6 +219,11 @@ def _published(attempt: Path) -> list[Path]:
     """The checkpoint folders of an attempt, newest first."""
     found = (path for path in (attempt / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
     return sorted(found, key=_step, reverse=True)
+
+
+def _group(name: str) -> str:
+    """The group of tensors that a file of a checkpoint belongs to."""
+    return name.partition("/")[0].removesuffix(".safetensors")
 
 
 def _step(folder: Path) -> int:

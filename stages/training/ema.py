@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rae.stages.models.power_ema import FOLDER, decay, exponent, find_snapshots, save_snapshot
+from rae.stages.training.parallel import fill, gathered
+from rae.stages.training.ranks import ALONE, Ranks
 
 
 class EMA:
@@ -42,6 +44,11 @@ class PowerEMAs:
         self._averages = {sigma_rel: EMA(model, 0.0) for sigma_rel in sigma_rels}
         self._snapshot_every = snapshot_every
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """The averages."""
+        return [average.model for average in self._averages.values()]
+
     def update(self, model: nn.Module, step: int) -> None:
         """Move towards `model` as it is after step `step`, counted from 1."""
         for sigma_rel, average in self._averages.items():
@@ -56,13 +63,15 @@ class PowerEMAs:
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over what `tensors` gave."""
         for number, average in enumerate(self._averages.values()):
-            average.model.load_state_dict(tensors[f"power_ema_{number}"])
+            fill(average.model, tensors[f"power_ema_{number}"])
 
-    def save(self, attempt: Path, step: int, last: bool) -> None:
-        """Write a snapshot, if one is due after `step` steps or these are the last."""
+    def save(self, attempt: Path, step: int, last: bool, ranks: Ranks = ALONE) -> None:
+        """Write a snapshot, if one is due after `step` steps or these are the last. All ranks call it at once."""
         if last or step % self._snapshot_every == 0:
             for sigma_rel, average in self._averages.items():
-                save_snapshot(attempt, step, sigma_rel, dict(average.model.named_parameters()))
+                weights = gathered(dict(average.model.named_parameters()), ranks)
+                if ranks.is_main:
+                    save_snapshot(attempt, step, sigma_rel, weights)
 
     def take_over(self, attempt: Path, earlier: Path, step: int) -> None:
         """Bring the snapshots up to `step` from the attempt that training goes on from; they are never changed."""

@@ -8,15 +8,15 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rae.stages.job import NOTHING, Job, Result
+from rae.stages.job import Job, Result
 from rae.stages.models.payload import Payload
 from rae.stages.training.checkpoints import Groups, load, newest
 from rae.stages.training.data import prefetch
@@ -31,10 +31,11 @@ from rae.stages.training.optimizer import (
     steps_per_epoch,
     total_steps,
 )
-from rae.stages.training.ranks import Ranks, wrap
+from rae.stages.training.parallel import agree, averaging, fill, spread
+from rae.stages.training.ranks import Ranks
 from rae.stages.training.results import Results, check_milestones
 from rae.stages.training.sections import TrainingSection
-from rae.store.errors import PartialResult, RaeError, StaleInput
+from rae.store.errors import ConfigError, PartialResult, RaeError, StaleInput
 
 logger = logging.getLogger("rae.train")
 
@@ -45,6 +46,9 @@ class Batch(Protocol):
     @property
     def keys(self) -> Iterable[object]:
         """A name for each sample."""
+
+    def split(self, parts: int) -> "Sequence[Self]":
+        """The same samples in `parts` equal parts, in order."""
 
 
 B = TypeVar("B", bound=Batch)
@@ -62,17 +66,29 @@ class Trainee(ABC, Generic[B]):
     `power_emas` are averages to choose from afterwards, if there are to be any.
     """
 
-    power_emas: PowerEMAs | None = None
-
     def __init__(
-        self, model: nn.Module, section: TrainingSection, *, rows: int, ranks: Ranks, device: torch.device
+        self,
+        model: nn.Module,
+        section: TrainingSection,
+        *,
+        rows: int,
+        ranks: Ranks,
+        device: torch.device,
+        power_emas: PowerEMAs | None = None,
     ) -> None:
-        self.model = model.to(device).train()
+        shares = ranks.world_size * section.grad_accum_steps
+        if section.batch_size % shares:
+            raise ConfigError(
+                f"`batch_size` {section.batch_size} does not divide into `grad_accum_steps` {section.grad_accum_steps}"
+                f" parts on each of {ranks.world_size} ranks"
+            )
+        self.model = agree(model.to(device).train(), ranks)
         self.section, self.ranks, self.device = section, ranks, device
         self.schedule = steps_per_epoch(section, rows), total_steps(section, rows)
-        self.forward = wrap(self.model, ranks, device)
+        self.ema, self.power_emas = EMA(self.model, section.ema_decay), power_emas
+        averages = [self.ema.model, *(power_emas.models if power_emas is not None else ())]
+        self.forward = spread(self.model, section.parallel, ranks, device, averages)
         self.optimizer = build_optimizer(self.model, section)
-        self.ema = EMA(self.model, section.ema_decay)
 
     @abstractmethod
     def step(self, batch: B, step: int) -> dict[str, float | Tensor]:
@@ -85,6 +101,10 @@ class Trainee(ABC, Generic[B]):
     def autocast(self) -> torch.autocast:
         """The section's precision, for the forward pass and the losses."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.section.precision == "bf16")
+
+    def parts(self, batch: B) -> Sequence[B]:
+        """What goes through the model at once, one part after another: `grad_accum_steps` parts of a batch."""
+        return [batch] if self.section.grad_accum_steps == 1 else batch.split(self.section.grad_accum_steps)
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""
@@ -116,8 +136,8 @@ class Trainee(ABC, Generic[B]):
             raise StaleInput(f"the checkpoint is of another model ({error})") from error
 
     def _take_over(self, tensors: Groups) -> None:
-        self.model.load_state_dict(tensors["model"])
-        self.ema.model.load_state_dict(tensors["ema"])
+        fill(self.model, tensors["model"])
+        fill(self.ema.model, tensors["ema"])
         load_optimizer(self.optimizer, self.model, tensors["optimizer"])
         if self.power_emas is not None:
             self.power_emas.restore(tensors)
@@ -140,26 +160,41 @@ class Learner(Trainee[B]):
         device: torch.device,
         power_emas: PowerEMAs | None = None,
     ) -> None:
-        super().__init__(model, section, rows=rows, ranks=ranks, device=device)
-        self.loss, self.power_emas = loss, power_emas
+        super().__init__(model, section, rows=rows, ranks=ranks, device=device, power_emas=power_emas)
+        self.loss = loss
         if section.compile:
             self.forward.compile()
 
     def step(self, batch: B, step: int) -> dict[str, float | Tensor]:
         """Descend the loss of one batch; as of every `Trainee`."""
         self.optimizer.zero_grad()
-        with self.autocast():
-            loss, parts = self.loss(self.forward, batch)
-        numbers = {name: part.detach() for name, part in parts.items()}
-        # Read before the backward pass is queued: here a GPU waits for its next command only.
-        value = finite("loss", loss.item(), batch, step, self.ranks, numbers)
-        loss.backward()  # type: ignore[no-untyped-call]
+        parts = self.parts(batch)
+        numbers = [self._learn(part, step, len(parts), last=part is parts[-1]) for part in parts]
         check = self.check_norm("grad_norm", batch, step)
         norm = descend(self.optimizer, self.model, self.rate(step), self.section.clip_grad, check)
         self.ema.update(self.model)
         if self.power_emas is not None:
             self.power_emas.update(self.model, step + 1)
-        return {"loss": value, **numbers, "grad_norm": norm}
+        return {**mean_numbers(numbers), "grad_norm": norm}
+
+    def _learn(self, part: B, step: int, parts: int, last: bool) -> dict[str, float | Tensor]:
+        """Add the gradient of one of a batch's `parts`; returns its numbers."""
+        with averaging(self.forward, last):
+            with self.autocast():
+                loss, made_of = self.loss(self.forward, part)
+            numbers = {name: number.detach() for name, number in made_of.items()}
+            # Read before the backward pass is queued: here a GPU waits for its next command only.
+            value = finite("loss", loss.item(), part, step, self.ranks, numbers)
+            (loss / parts).backward()  # type: ignore[no-untyped-call]
+        return {"loss": value, **numbers}
+
+
+def mean_numbers(parts: Sequence[Mapping[str, float | Tensor]]) -> dict[str, float | Tensor]:
+    """The numbers of a batch from those of its equal parts."""
+    first, *others = parts
+    if not others:
+        return dict(first)
+    return {name: sum((part[name] for part in others), first[name]) / len(parts) for name in first}
 
 
 def finite(
@@ -206,10 +241,9 @@ def train(
     per_epoch, total = steps_per_epoch(section, rows), total_steps(section, rows)
     done, meter, attempt = _resume(learner, job, ranks, continued)
     check_milestones(job.milestones, done, total)
-    results = Results(learner, payload, meter, section, per_epoch, job)
-    if ranks.is_main:
-        results.take_over(attempt, done)
-        results.milestone(done)
+    results = Results(learner, payload, meter, section, per_epoch, job, ranks)
+    results.take_over(attempt, done)
+    results.milestone(done)
     log = MetricsLog(job.folder, done, attempt) if ranks.is_main else None
     steps = range(done, total)
     with closing(prefetch(lambda step: batch(*divmod(step, per_epoch)), steps, section.workers)) as batches:
@@ -241,20 +275,16 @@ def train(
                     log.log(step=done, epoch=done / per_epoch, **meter.latest, lr=rate, **speed)
             stop = ranks.any(job.stopping())
             saves = stop or done % section.checkpoint_every == 0 or done == total
-            if ranks.is_main:
-                results.snapshot(done, total)
-                results.milestone(done)
+            results.snapshot(done, total)
+            results.milestone(done)
             if saves:
                 meter.sums = _mean(meter.sums, ranks)
-                if ranks.is_main:
-                    results.checkpoint(done)
+                results.checkpoint(done)
                 ranks.barrier()
                 job.check_stop()
             if stop:
                 # Another rank was asked, and its `check_stop` has raised.
                 raise PartialResult(f"training stopped at step {done} of {total}; its checkpoint is saved")
-    if not ranks.is_main:
-        return NOTHING
     speed = {"images_per_s": meter.run.per_second(section.batch_size), "data_wait": meter.run.data_wait}
     return results.finished(done, speed)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from rae.stages.training.parallel import laid_as, whole
 from rae.stages.training.sections import TrainingSection
 from rae.store import order
 from rae.store.errors import ConfigError, StaleInput
@@ -71,8 +72,9 @@ def build_optimizer(model: nn.Module, section: TrainingSection) -> torch.optim.A
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale the gradients down to the total norm `max_norm` (0: leave them); returns the norm before, 0-dim."""
     if max_norm:
-        return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return nn.utils.get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+        return whole(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return whole(nn.utils.get_total_norm(gradients))
 
 
 def descend(
@@ -115,9 +117,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
         raise StaleInput(f"the optimizer state is of another model: {differing[0]} is not in both")
     state = {}
     for index, (name, parameter) in enumerate(trained.items()):
-        state[index] = {key: tensors[f"{name}.{key}"].clone() for key in _STATE}
-        if (found := state[index]["exp_avg"].shape) != parameter.shape:
+        given = {key: tensors[f"{name}.{key}"].clone() for key in _STATE}
+        if (found := given["exp_avg"].shape) != parameter.shape:
             raise StaleInput(f"the optimizer state of {name} has shape {list(found)}, asked {list(parameter.shape)}")
+        state[index] = laid_as(given, dict.fromkeys(_STATE[1:], parameter))
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

@@ -8,8 +8,7 @@ from datetime import timedelta
 from typing import Self, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, distributed
 
 from rae.store.errors import ConfigError
 
@@ -102,12 +101,4 @@ class Ranks:
         return values
 
 
-def wrap(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """`model` with its gradients averaged over ranks, weights and buffers set to rank 0's; alone, `model` itself."""
-    if ranks.world_size == 1:
-        return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
+ALONE = Ranks()

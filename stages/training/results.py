@@ -1,17 +1,22 @@
-"""What a training writes: checkpoints, milestones, and in the end what its artifact holds. Rank 0 writes alone."""
+"""What a training writes: checkpoints, milestones, and in the end what its artifact holds.
+
+Rank 0 writes alone, but for checkpoints of a model that lies in shards. All ranks call these methods at once.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-from rae.stages.job import Job, Result
+from rae.stages.job import NOTHING, Job, Result
 from rae.stages.models.payload import Payload
 from rae.stages.models.power_ema import find_snapshots
 from rae.stages.training.checkpoints import Groups, files_of, save
 from rae.stages.training.ema import EMA, PowerEMAs
 from rae.stages.training.metrics_log import Meter
+from rae.stages.training.parallel import gathered
+from rae.stages.training.ranks import Ranks
 from rae.stages.training.sections import TrainingSection
 from rae.store.errors import ConfigError
 
@@ -31,46 +36,73 @@ class Results:
     """Writes what `payload` describes, with the weights of `learner` and the numbers of `meter` at a step."""
 
     def __init__(
-        self, learner: Trained, payload: Payload, meter: Meter, section: TrainingSection, per_epoch: int, job: Job
+        self,
+        learner: Trained,
+        payload: Payload,
+        meter: Meter,
+        section: TrainingSection,
+        per_epoch: int,
+        job: Job,
+        ranks: Ranks,
     ) -> None:
         self._learner, self._payload, self._meter = learner, payload, meter
-        self._section, self._per_epoch, self._job = section, per_epoch, job
+        self._section, self._per_epoch, self._job, self._ranks = section, per_epoch, job, ranks
         self._last: tuple[int, Path] | None = None
 
     def checkpoint(self, done: int) -> Path:
         """Save a checkpoint after `done` steps, unless it is there; returns its folder."""
         if self._last is None or self._last[0] != done:
             state, keep = self._meter.to_json(), self._section.keep_checkpoints
-            folder = save(self._job.folder, done, self._learner.tensors(), state, keep, self._payload.describe)
+            groups, describe = self._learner.tensors(), self._payload.describe
+            folder = save(self._job.folder, done, groups, state, keep, describe, self._ranks)
             self._last = done, folder
         return self._last[1]
 
     def milestone(self, done: int) -> None:
         """Publish the weights after `done` steps, if they are to be."""
         if self._job.publish is not None and done in self._job.milestones:
-            self._job.publish(done, lambda folder: self._payload_of(done, folder))
+            weights = self._weights()
+            if self._ranks.is_main:
+                self._job.publish(done, lambda folder: self._payload_of(done, folder, *weights))
 
     def snapshot(self, done: int, total: int) -> None:
         """Keep the averages whose length is chosen later, where a snapshot of them is due."""
         if self._learner.power_emas is not None:
-            self._learner.power_emas.save(self._job.folder, done, last=done == total)
+            self._learner.power_emas.save(self._job.folder, done, done == total, self._ranks)
 
     def take_over(self, attempt: Path | None, done: int) -> None:
         """Bring what the attempt that training goes on from has kept of its first `done` steps."""
-        if self._learner.power_emas is not None and attempt is not None:
+        if self._learner.power_emas is not None and attempt is not None and self._ranks.is_main:
             self._learner.power_emas.take_over(self._job.folder, attempt, done)
 
     def finished(self, done: int, numbers: Mapping[str, float]) -> Result:
-        """The payload of the whole training, with its last checkpoint and its log, all in this attempt."""
-        result = self._payload_of(done, self._job.folder)
+        """The payload of the whole training, with its last checkpoint and its log, all in this attempt.
+
+        Files that payload and checkpoint have in common are stored once. `NOTHING` on ranks other than the first.
+        """
+        checkpoint, weights = self.checkpoint(done), self._weights()
+        if not self._ranks.is_main:
+            return NOTHING
+        result = self._payload_of(done, self._job.folder, *weights, stored=checkpoint)
         kept = self._job.folder / "metrics.jsonl", *find_snapshots(self._job.folder)
-        files = (*result.files, *kept, *files_of(self.checkpoint(done)))
+        files = (*result.files, *kept, *files_of(checkpoint))
         return Result(result.content, {**result.metrics, **numbers}, files)
 
-    def _payload_of(self, done: int, folder: Path) -> Result:
+    def _weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The model's and the average's, whole on rank 0."""
         model, ema = self._learner.model, self._learner.ema.model
-        files, content = self._payload.save(folder, model.state_dict(), ema.state_dict())
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        return gathered(model.state_dict(), self._ranks), gathered(ema.state_dict(), self._ranks)
+
+    def _payload_of(
+        self,
+        done: int,
+        folder: Path,
+        model: Mapping[str, Tensor],
+        ema: Mapping[str, Tensor],
+        stored: Path | None = None,
+    ) -> Result:
+        files, content = self._payload.save(folder, model, ema, stored)
+        parameters = sum(parameter.numel() for parameter in self._learner.model.parameters())
         numbers = {"steps": done, "epochs": done / self._per_epoch, **self._meter.latest}
         if self._meter.skipped:
             numbers["skipped_steps"] = len(self._meter.skipped)

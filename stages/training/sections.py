@@ -19,6 +19,8 @@ from rae.stages.section import (
 )
 from rae.store.errors import ConfigError
 
+Parallel = Literal["ddp", "fsdp2"]
+
 
 class TrainingSection(Section):
     """What both trainers share: length, optimizer, schedule, EMA, checkpoints, where it begins and what it publishes.
@@ -27,6 +29,10 @@ class TrainingSection(Section):
     run, which goes on to this one's length; `init_from` one to a model whose weights, `init_weights`, training begins
     with. `max_skipped_steps` is how many steps may come to nothing because a loss or gradient is not finite; the next
     one, by default the first, stops the training.
+
+    `grad_accum_steps` cuts each rank's share of a global batch into as many parts, one after another: less memory, the
+    same step. `parallel` says how ranks hold the model: `ddp`, each all of it, or `fsdp2`, each a slice. Like the
+    number of ranks, both change results in their rounding only, and are in no recipe.
     """
 
     seed: int = 0
@@ -48,6 +54,8 @@ class TrainingSection(Section):
     precision: Precision = "float32"
     compile: Annotated[bool, Runtime] = False
     grad_checkpoint: Annotated[bool, Runtime] = False  # less memory, a third more time
+    grad_accum_steps: Annotated[int, Field(gt=0), Runtime] = 1
+    parallel: Annotated[Parallel, Runtime] = "ddp"
     workers: Annotated[int, Field(ge=0), Runtime] = 2
     log_every: Annotated[int, Field(gt=0), Runtime] = 50
     checkpoint_every: Annotated[int, Field(gt=0), Runtime] = 1000
@@ -74,6 +82,14 @@ class TrainingSection(Section):
             raise ValueError("`init_weights` chooses among those of `init_from`, and there is none")
         if self.steps is not None and (late := [step for step in self.publish_at if step > self.steps]):
             raise ValueError(f"`publish_at` asks for step {late[0]}, and training ends with step {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_whole(self) -> Self:
+        if self.batch_size % self.grad_accum_steps:
+            raise ValueError(
+                f"`batch_size` {self.batch_size} does not divide into `grad_accum_steps` {self.grad_accum_steps} parts"
+            )
         return self
 
     @model_validator(mode="after")
@@ -199,6 +215,15 @@ class TrainDecoderSection(TrainingSection):
     def _latents_are_read(self) -> Self:
         if self.latents is not None and self.feed == "online":
             raise ValueError("`latents` are read by `feed: cached` or `crops`, and `feed` is online")
+        return self
+
+    @model_validator(mode="after")
+    def _last_layer_is_whole(self) -> Self:
+        if self.parallel == "fsdp2" and self.adversarial_loss != "none":
+            raise ValueError(
+                "`parallel: fsdp2` needs `adversarial_loss: none`: the adaptive weight is taken at the decoder's last"
+                " layer, which must lie whole on every rank; `ddp` trains decoders of every size here"
+            )
         return self
 
     @model_validator(mode="after")

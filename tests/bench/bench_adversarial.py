@@ -103,7 +103,7 @@ def straightforward(models: Models, learner: AdversarialLearner[Batch]) -> None:
     with torch.no_grad():
         fakes = decoder(models.encode(batch.images)).clamp(0, 1).mul(255).round().div(255)
     fake, real = (discriminator(2 * images - 1) for images in (fakes, batch.images))
-    discriminator_loss("hinge", real, fake).backward()
+    (discriminator_loss("hinge", real, real=True) + discriminator_loss("hinge", fake, real=False)).backward()
     learner.disc_optimizer.step()
 
 
