@@ -21,6 +21,7 @@ class Nearby:
     def __init__(self, shard: Callable[[int, StoredArray], Shard], arrays: tuple[StoredArray, ...]) -> None:
         self._shard, self._arrays = shard, arrays
         self._under_way: dict[Place, Future[None]] = {}
+        self._opened = set[int]()
         self._lock = Lock()
 
     def bring(self, places: Iterable[Place]) -> None:
@@ -33,8 +34,11 @@ class Nearby:
     def begin(self, places: Iterable[Place]) -> set[Future[None]]:
         """Begin to bring near what is not and is not under way; what to wait for."""
         futures, by_part = set[Future[None]](), dict[int, list[Place]]()
+        missing = [place for place in places if not self._is_near(*place)]
+        if not missing:
+            return futures
         with self._lock:
-            for place in places:
+            for place in missing:
                 if (future := self._under_way.get(place)) is not None:
                     futures.add(future)
                 else:
@@ -45,6 +49,12 @@ class Nearby:
                 futures.add(future)
         return futures
 
+    def _is_near(self, part: int, row: int, view: int) -> bool:
+        if part not in self._opened:  # opening a shard may take a request of its own
+            return False
+        shards = (self._shard(part, array) for array in self._arrays)
+        return all(not isinstance(shard, RemoteShard) or shard.is_near(row, view) for shard in shards)
+
     def _bring_part(self, part: int, places: list[Place]) -> None:
         try:
             for array in self._arrays:
@@ -53,6 +63,7 @@ class Nearby:
                     missing: list[Chunk] = [(row, view) for _, row, view in places if not shard.is_near(row, view)]
                     if missing:
                         shard.fetch(missing)
+            self._opened.add(part)
         finally:
             with self._lock:
                 for place in places:
