@@ -7,21 +7,25 @@ import typer
 from rae.pipeline.arguments import (
     DEFAULT_WORKSPACE,
     AsJson,
-    Config,
     Device,
     DryRun,
     Quiet,
     Restart,
     Set,
     WorkspaceOption,
+    options_for,
     prepare,
     run_verb,
     show_outcome,
 )
 
+OptionalConfig = Annotated[
+    str | None, typer.Argument(help="A preset's name (see `rae config ls`) or a YAML file. --self-test needs none.")
+]
+
 
 def evaluate_command(
-    config: Config,
+    config: OptionalConfig = None,
     workspace: WorkspaceOption = DEFAULT_WORKSPACE,
     overrides: Set = None,
     make_reference: Annotated[
@@ -32,6 +36,9 @@ def evaluate_command(
         str | None, typer.Option(help="With --make-reference: a folder, tars or FILE.npz, in place of the shards.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="With --make-reference: what reference/NAME will mean.")] = None,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="Instead of scoring: compare extractors with stored features.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     dry_run: DryRun = False,
@@ -41,6 +48,11 @@ def evaluate_command(
     """Score reconstructions and samples; draws the samples if they are missing."""
     from rae.store.errors import ConfigError
 
+    if self_test:
+        _self_test(config, workspace, overrides, as_json, quiet, device)
+        return
+    if config is None:
+        raise ConfigError("say what is to be scored: rae evaluate CONFIG", "rae config ls")
     if make_reference is None and (images or name):
         raise ConfigError("`--images` and `--name` say what a reference is made of: give them with --make-reference")
     pipeline, options = prepare(config, workspace, overrides, as_json, quiet, restart, device)
@@ -50,3 +62,15 @@ def evaluate_command(
     from rae.pipeline import references
 
     show_outcome(references.make_reference(pipeline, make_reference, images, name, options), options)
+
+
+def _self_test(
+    config: str | None, workspace: str, overrides: list[str] | None, as_json: bool, quiet: bool, device: str
+) -> None:
+    from rae.pipeline.self_test import self_test
+
+    options = options_for(as_json, quiet, device=device)
+    pipeline = prepare(config, workspace, overrides)[0] if config is not None else None
+    found = self_test(pipeline, options)
+    if as_json:
+        options.console.print_json(found)

@@ -238,6 +238,7 @@ def score_table(scores: report_scores.Scores | None) -> Json | None:
         "rows": [(row, [report_scores.cell(scores, row, metric) for metric in columns]) for row in rows],
         "matched": report_scores.matched_by_baselines(scores),
         "protocol": report_scores.protocol_card(scores.protocol),
+        "self_test": scores.self_test,
     }
 
 

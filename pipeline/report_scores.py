@@ -39,12 +39,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `scores.json` holds; `latent_noise` has a `level` and the scores of reconstructions with it, by level."""
+    """What `scores.json` holds; `latent_noise` has a `level` and the scores of reconstructions with it, by level.
+
+    `self_test` says whether the extractor made the features that are stored of it, on the machine that took the scores.
+    """
 
     reconstruction: dict[str, float]
     generation: dict[str, dict[str, float]]
     protocol: Json
     latent_noise: list[dict[str, float]]
+    self_test: str | None = None
 
 
 METRICS = (
@@ -119,9 +123,15 @@ def read_scores(artifact: Artifact) -> Scores:
         latent_noise = [_numbers(scores) for scores in value.get("latent_noise", [])]
         if any({"level", "psnr_db", "ssim"} - scores.keys() for scores in latent_noise):
             raise ValueError("a level of noise lacks its scores")
-        return Scores(_numbers(value.get("reconstruction", {})), generation, dict(value["protocol"]), latent_noise)
+        reconstruction, protocol = _numbers(value.get("reconstruction", {})), dict(value["protocol"])
+        return Scores(reconstruction, generation, protocol, latent_noise, _self_test(artifact))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptData(f"{path} does not hold scores ({type(error).__name__}: {error})") from error
+
+
+def _self_test(artifact: Artifact) -> str | None:
+    found = artifact.manifest.provenance.get("self_test")
+    return str(found.get("said")) if isinstance(found, dict) else None
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

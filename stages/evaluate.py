@@ -14,6 +14,7 @@ from rae.stages.models.perceptual import EncoderDistance, LpipsDistance, build_p
 from rae.stages.models.pixels import to_uint8, to_unit
 from rae.stages.models.trained import Autoencoder, Decoder, check_compatible
 from rae.stages.models.weights import EncoderSource
+from rae.stages.scoring.extractor_files import ExtractorFiles, locate_extractor
 from rae.stages.scoring.extractors import Extractor
 from rae.stages.scoring.image_sets import ImageSet, SampleImages, SourceImages
 from rae.stages.scoring.load_extractor import load_extractor
@@ -21,6 +22,7 @@ from rae.stages.scoring.reconstruction import ReconstructionScores
 from rae.stages.scoring.reference_files import check_reference, read_description
 from rae.stages.scoring.references import Reference
 from rae.stages.scoring.scores import FEATURES, GenerationScores
+from rae.stages.scoring.self_test import self_test
 from rae.stages.sections import EvaluateSection
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
@@ -52,9 +54,11 @@ def run(
     encoder = load_encoder(encoder_source, known["input_size"], known["feature_index"], job.device)
     check_compatible(describe(encoder), known, "this encoder")
     val = SourceImages(held_out, decoding.image_size)
-    generation = None
+    generation, provenance = None, dict[str, Json]()
     if samples is not None:
         extractor = _extractor(section, job)
+        if ranks.is_main:
+            provenance["self_test"] = self_test(extractor, _extractor_files(section)).to_json()
         against = None
         if reference is not None:
             check_reference(reference, extractor.protocol(), section.reference_split, decoding.image_size)
@@ -98,12 +102,16 @@ def run(
     content = hashlib.sha256(canonical(scores)).hexdigest()
     pictures = [RECONSTRUCTIONS, *([BY_LATENT_NOISE] if section.latent_noise else [])]
     shutil.rmtree(job.folder / FEATURES, ignore_errors=True)
-    return Result(content, metrics, (path, *(job.folder / name for name in pictures)))
+    return Result(content, metrics, (path, *(job.folder / name for name in pictures)), provenance)
 
 
 def _extractor(section: EvaluateSection, job: Job) -> Extractor:
     weights, sha256 = section.extractor_weights, section.extractor_sha256
     return load_extractor(section.extractor, weights, section.extractor_input_size, job.device, sha256)
+
+
+def _extractor_files(section: EvaluateSection) -> ExtractorFiles:
+    return locate_extractor(section.extractor, section.extractor_weights, section.extractor_sha256)
 
 
 def _reference_card(reference: Artifact | None, section: EvaluateSection) -> Json:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PORTIONS = {"rae": "rae", **{name: f"rae/{name}" for name in ("pipeline", "stages", "store", "configs")}}
-SUFFIXES = {".py", ".yaml", ".html", ".typed"}
+SUFFIXES = {".py", ".yaml", ".html", ".json", ".typed"}
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", ".*")
 
 

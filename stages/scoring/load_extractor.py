@@ -2,10 +2,11 @@
 
 import io
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,7 +76,20 @@ class _Inception(nn.Module):
         return features
 
 
-def _inception(files: ExtractorFiles, device: str) -> Extractor:
+def torch_fidelity_features(files: ExtractorFiles, images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """What torch-fidelity itself makes of images [N, H, W, 3] with Inception's weights: float64 [N, 2048].
+
+    In float64, image by image: what the extractor's blocks in float32 are held against.
+    """
+    network = _torch_fidelity(files, "float64")
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        features = [network(pixels[row : row + 1])[0] for row in range(len(pixels))]
+    out: NDArray[np.float64] = torch.cat(features).numpy()
+    return out
+
+
+def _torch_fidelity(files: ExtractorFiles, dtype: Literal["float32", "float64"] = "float32") -> Any:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     (path,) = files.files
@@ -85,9 +99,13 @@ def _inception(files: ExtractorFiles, device: str) -> Extractor:
     checked.seek(0)
     try:
         with torch.random.fork_rng(devices=[]):
-            network: Any = FeatureExtractorInceptionV3("inception", [str(_INCEPTION_DIM)], checked)
+            return FeatureExtractorInceptionV3("inception", [str(_INCEPTION_DIM)], checked, dtype)
     except RuntimeError as error:
         raise CorruptData(f"{path} does not hold the tensors of torch-fidelity's Inception: {error}") from error
+
+
+def _inception(files: ExtractorFiles, device: str) -> Extractor:
+    network = _torch_fidelity(files)
     preprocessing = Preprocessing("own", described="bilinear of TensorFlow 1.x to 299")
     head: np.ndarray = network.fc.weight.detach().numpy()
     return Extractor(

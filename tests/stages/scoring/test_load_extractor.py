@@ -1,6 +1,5 @@
 """Extractors by name, on drawn weights: loaded strictly, verified, and the published preprocessing to the bit."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rae.stages.models.weights import digest_file
 from rae.stages.scoring.extractor_files import INCEPTION_FILE, locate_extractor
 from rae.stages.scoring.load_extractor import load_extractor
 from rae.store.errors import ConfigError, CorruptData, MissingInput
+from tests.stages.scoring.drawn_inception import write_inception
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -31,17 +31,7 @@ def channels_first(images: np.ndarray) -> Tensor:
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file like torch-fidelity's, with drawn weights."""
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network: Any = FeatureExtractorInceptionV3("drawn", ["2048"], nothing)
-    path = tmp_path_factory.mktemp("inception") / "drawn.pth"
-    torch.save(nn.Module.state_dict(network), path)
-    return path
+    return write_inception(tmp_path_factory.mktemp("inception") / "drawn.pth")
 
 
 def test_inception_is_torch_fidelitys(inception: Path) -> None:
