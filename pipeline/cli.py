@@ -228,12 +228,14 @@ def report_command(
 def main() -> None:
     """The `rae` command: a person's mistake ends in one sentence and the exit code that stands for it."""
     from rae.pipeline import stopping
-    from rae.store.errors import RaeError
+    from rae.store.errors import PartialResult, RaeError
 
     try:
         with stopping.raised():
             app(standalone_mode=True)
     except RaeError as error:
+        if isinstance(error, PartialResult) and error.next_command is None:
+            error.next_command = stopping.again()
         _fail(error)
     except stopping.Stopped as stopped:
         _fail(stopping.as_error(stopped.number, stopping.again()))

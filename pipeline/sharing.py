@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from rae.pipeline.console import Console, size
-from rae.pipeline.stopping import again
 from rae.store.artifacts import Workspace
-from rae.store.errors import ConfigError, MissingInput, PartialResult, StaleInput
+from rae.store.errors import ConfigError, MissingInput, StaleInput
 from rae.store.manifest import Artifact, Json
 from rae.store.remote import LocalFolder, ObjectStore
 from rae.store.transfer import copy_payload, payload_bytes
@@ -103,11 +102,8 @@ def _copy(verb: str, artifact: Artifact, target: Workspace, total: int, console:
             rate = moved_bytes / (time.monotonic() - began) / 1e6
             progress(done_bytes // 1_000_000, total // 1_000_000, "MB", MB_per_s=rate)
 
-        try:
-            copy_payload(_objects(artifact), target.objects, artifact, carried)
-            target.adopt(artifact)
-        except PartialResult as error:
-            raise PartialResult(error.message, again()) from error
+        copy_payload(_objects(artifact), target.objects, artifact, carried)
+    target.adopt(artifact)
 
 
 def _name(target: Workspace, artifact: Artifact, console: Console, verb: str) -> None:

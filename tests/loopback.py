@@ -2,10 +2,12 @@
 
 import itertools
 import logging
+import socket
+import struct
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 WRITES = ("PUT", "POST", "DELETE")
@@ -23,6 +25,7 @@ class S3:
         self.requests: list[tuple[str, str]] = []
         self.refused: tuple[str, ...] = ()
         self.writes_left: int | None = None
+        self._gone, self._gone_after = "", 0
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self.port = self._server.server_port
@@ -60,6 +63,15 @@ class S3:
         finally:
             self.writes_left = None
 
+    @contextmanager
+    def without(self, part: str, after: int) -> Iterator[None]:
+        """Answers so many requests for paths with `part` in them, and none after them."""
+        self._gone, self._gone_after = part, after
+        try:
+            yield
+        finally:
+            self._gone = ""
+
     def close(self) -> None:
         self._server.shutdown()
 
@@ -75,6 +87,11 @@ class S3:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response("403 Forbidden", [("Content-Type", "application/xml")])
             return [REFUSAL]
+        if self._gone and self._gone in environ["PATH_INFO"]:
+            self._gone_after -= 1
+            if self._gone_after < 0:
+                start_response("503 Slow Down", [("Content-Type", "application/xml")])
+                return [b"<Error><Code>SlowDown</Code></Error>"]
         if self.writes_left is not None and method in WRITES:
             self.writes_left -= 1
             if self.writes_left < 0:
@@ -83,3 +100,76 @@ class S3:
                 return [b"<Error><Code>SlowDown</Code></Error>"]
         answer: Iterable[bytes] = self._moto(environ, start_response)
         return answer
+
+
+class Proxy:
+    """A TCP proxy in front of a server: `cut` breaks what is under way, `down` answers nobody until it is over."""
+
+    def __init__(self, port: int) -> None:
+        self._to = port
+        self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._is_down = False
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self._listener.getsockname()[1]
+        self.cuts = 0
+        Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Break every connection that is open."""
+        for pair in list(self._pairs):
+            self.cuts += 1
+            for end in pair:
+                with suppress(OSError):
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    end.shutdown(socket.SHUT_RDWR)
+
+    @contextmanager
+    def cutting(self, every_s: float) -> Iterator[None]:
+        """Break every connection again and again."""
+        over = Event()
+
+        def work() -> None:
+            while not over.wait(every_s):
+                self.cut()
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        self._is_down = True
+        self.cut()
+        try:
+            yield
+        finally:
+            self._is_down = False
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # the listener is closed
+            while True:
+                client, _ = self._listener.accept()
+                if self._is_down:
+                    client.close()
+                    continue
+                pair = client, socket.create_connection(("127.0.0.1", self._to))
+                self._pairs.add(pair)
+                for one, other in (pair, pair[::-1]):
+                    Thread(target=self._forward, args=(one, other, pair), daemon=True).start()
+
+    def _forward(self, one: socket.socket, other: socket.socket, pair: Any) -> None:
+        with suppress(OSError):
+            while data := one.recv(1 << 16):
+                other.sendall(data)
+        for end in pair:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._pairs.discard(pair)
