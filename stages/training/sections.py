@@ -102,6 +102,18 @@ class TrainingSection(Section):
             raise ValueError(f"`lr` {self.lr} is below `final_lr` {self.final_lr}, which a schedule falls to")
         return self
 
+    @model_validator(mode="after")
+    def _decay_has_a_schedule(self) -> Self:
+        for key in ("decay_start_epoch", "decay_end_epoch", "final_lr") if self.schedule == "constant" else ():
+            value, default = getattr(self, key), type(self).model_fields[key].default
+            if value != default:
+                leave = "null" if default is None else default
+                raise ValueError(
+                    f"`{key}` {value} has no effect: `schedule` is constant, and the learning rate stays at `lr` after"
+                    f" the warm-up; take `schedule: linear` or `cosine`, or leave `{key}` at {leave}"
+                )
+        return self
+
 
 _OF_THE_DISCRIMINATOR = {
     *("disc_weight", "max_d_weight", "disc_loss", "disc_start_epoch", "disc_start_step", "gan_start_epoch"),
@@ -121,6 +133,8 @@ class TrainDecoderSection(TrainingSection):
 
     `perceptual_loss` and `adversarial_loss` rest on networks whose weights are files to be had (`lpips`, `dino`, as the
     paper), or on the encoder that is there anyway (`encoder`).
+
+    A loss of weight 0 is as good as `none`: its networks are neither built nor trained, and their files not needed.
 
     Losses begin at an epoch (a fraction will do), or at the optimizer step `*_start_step` where that is given:
     `perceptual` and `gan` are the decoder's terms, `disc` is the discriminator's own training.
@@ -203,6 +217,14 @@ class TrainDecoderSection(TrainingSection):
     @classmethod
     def _size(cls, settings: Any) -> Any:
         return expand_size(settings, VIT_SIZES)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _losses_that_count(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        weights = {"perceptual_loss": "perceptual_weight", "adversarial_loss": "disc_weight"}
+        return settings | {loss: "none" for loss, weight in weights.items() if settings.get(weight) == 0}
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

@@ -96,6 +96,33 @@ def test_a_decoder_s_recipe_holds_no_option_of_a_loss_that_it_does_without(
     assert recipe(**at_work, **change) != recipe(**at_work)
 
 
+@pytest.mark.parametrize(
+    ("weight", "loss", "other"),
+    [("disc_weight", "adversarial_loss", "encoder"), ("perceptual_weight", "perceptual_loss", "lpips")],
+)
+def test_a_loss_of_weight_0_is_none(weight: str, loss: str, other: str) -> None:
+    for given in ({}, {loss: other}, {loss: "none"}):
+        section = TrainDecoderSection(steps=5, **given, **{weight: 0})
+        assert getattr(section, loss) == "none"
+        assert section.in_recipe() == TrainDecoderSection(steps=5, **{loss: "none"}).in_recipe()
+    assert getattr(TrainDecoderSection(steps=5, **{loss: other, weight: 1e-9}), loss) == other
+
+
+@pytest.mark.parametrize("section", [TrainDecoderSection, TrainDitSection])
+@pytest.mark.parametrize(
+    ("key", "value", "default"),
+    [("decay_start_epoch", 3.0, "0.0"), ("decay_end_epoch", 8.0, "null"), ("final_lr", 1e-5, "2e-05")],
+)
+def test_an_option_of_the_decay_is_refused_to_a_constant_rate(
+    section: type[TrainDecoderSection | TrainDitSection], key: str, value: float, default: str
+) -> None:
+    with pytest.raises(ValidationError, match=f"`{key}` {value} has no effect: .* leave `{key}` at {default}"):
+        section(steps=1, **{key: value})
+    assert getattr(section(steps=1, schedule="cosine", **{key: value}), key) == value
+    constant = section(steps=1)
+    assert section(**constant.model_dump()) == constant  # with every default written out
+
+
 def test_a_transformer_s_recipe_holds_windows_where_there_are_any() -> None:
     def recipe(**settings: Any) -> dict[str, Any]:
         return TrainDitSection(steps=5, **settings).in_recipe()

@@ -304,6 +304,18 @@ def words(*settings: str) -> list[str]:
     return [word for setting in (*settings, *EVERY_LOSS) for word in ("-s", f"train_decoder.{setting}")]
 
 
+def test_a_discriminator_of_weight_0_is_not_there(rae_with: Callable[..., Rae]) -> None:
+    rae = rae_with("shards")
+    dino = ("-s", "train_decoder.adversarial_loss=dino", "-s", "train_decoder.disc_weights=nowhere.pth")
+    ran = rae.verb("train-decoder", *dino, "-s", "train_decoder.disc_weight=0", "--json")
+    metrics = ran.succeeded().json["metrics"]
+    assert metrics["adversarial_loss"] == "none"
+    assert "disc_loss" not in metrics
+    (folder,) = rae.workspace.glob("objects/decoder/*/attempts/*/checkpoints/step-00000006")
+    assert not (folder / "heads.safetensors").exists()
+    assert rae.verb("train-decoder", "--json").succeeded().json["reused"]  # tiny's has none
+
+
 @pytest.mark.parametrize("feed", ["online", "cached", "crops"])
 def test_a_run_that_was_killed_continues_to_the_bit(feed: str, rae_with: Callable[..., Rae]) -> None:
     rae = rae_with("shards", "latents")

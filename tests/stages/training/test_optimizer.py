@@ -47,7 +47,7 @@ def test_warm_up_in_epochs_holds_then_decays_to_the_end():
 
 
 def test_constant_schedule_only_warms_up():
-    section = TrainingSection(steps=5, batch_size=2, lr=1.0, warmup_steps=2, decay_end_epoch=1)
+    section = TrainingSection(steps=5, batch_size=2, lr=1.0, warmup_steps=2)
     assert rates(section, rows=4) == [0.5, 1, 1, 1, 1]
 
 
