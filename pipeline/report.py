@@ -192,6 +192,11 @@ def curve(facts: Facts, kind: str) -> Json:
     rate = read_series(log, "lr")
     return shown | {
         "loss": loss_chart(steps, loss, f"{title}: loss by step", _loss_name(kind, section)),
+        "online": [
+            loss_chart(*series, f"{title}: Fréchet distance by step, {words}", f"Fréchet distance, {words}")
+            for weights, words in (("ema", "EMA"), ("model", "last weights"))
+            if len((series := read_series(log, f"{weights}_frechet_distance"))[0])
+        ],
         "lr": rate_chart(*rate, f"{title}: learning rate by step") if len(rate[0]) else Markup(""),
         "smoothed": smoothing_window(len(loss)) > 1,
         "log": uses_log(loss),

@@ -216,7 +216,13 @@ def _missing_milestones(task: Task, work: Work) -> frozenset[int]:
 
 
 def _publish_milestone(
-    workspace: Workspace, task: Task, run: Work, options: Options, step: int, write: Callable[[Path], Result]
+    workspace: Workspace,
+    task: Task,
+    run: Work,
+    options: Options,
+    step: int,
+    write: Callable[[Path], Result],
+    alias: str | None = None,
 ) -> None:
     work = workspace.begin_milestone(run, step)
     started, device = datetime.datetime.now(datetime.UTC), launch.device_of(options.device)
@@ -225,6 +231,8 @@ def _publish_milestone(
     except BaseException:  # it is written again when training comes by again
         shutil.rmtree(work.attempt, ignore_errors=True)
         raise
+    if alias is not None:
+        workspace.name(made, f"{run.name}-{alias}")
     options.console.say(f"{task.stage.verb}: published {run.kind}/{work.name}, {made.kind}/{made.id}")
 
 

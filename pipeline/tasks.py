@@ -144,9 +144,11 @@ def _train_dit(pipeline: Pipeline) -> Task:
     longer_runs.check_continues(recipe, begins)
 
     def run(job: Job) -> Result:
+        from rae.pipeline.online import online_evaluation
         from rae.stages import train_dit
 
-        return train_dit.run(section, inputs["latents"], longer_runs.beginning_of(begins), job)
+        evaluation = online_evaluation(pipeline)
+        return train_dit.run(section, inputs["latents"], longer_runs.beginning_of(begins), job, evaluation)
 
     def dry_run(device: str) -> Json:
         from rae.stages import train_dit

@@ -22,9 +22,12 @@ class Progress(Protocol):
 
 
 class Publish(Protocol):
-    """Publishes a training's step `step` as an artifact; `write` puts the payload into the folder that it is given."""
+    """Publishes a training's step `step` as an artifact; `write` puts the payload into the folder that it is given.
 
-    def __call__(self, step: int, write: "Callable[[Path], Result]") -> None: ...
+    With `alias` it is called NAME-`alias`, too, from now on.
+    """
+
+    def __call__(self, step: int, write: "Callable[[Path], Result]", alias: str | None = None) -> None: ...
 
 
 def silent(done: int, total: int, unit: str, **numbers: float) -> None:

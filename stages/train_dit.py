@@ -16,6 +16,7 @@ from rae.stages.training.beginning import begin_dit
 from rae.stages.training.dry_run import Training
 from rae.stages.training.ema import PowerEMAs
 from rae.stages.training.loop import Learner
+from rae.stages.training.online import Evaluation
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
 from rae.stages.training.sections import TrainDitSection
@@ -50,9 +51,15 @@ class Batch:
         return [Batch(x, y, t, noise, self.store, rows) for x, y, t, noise, rows in pieces]
 
 
-def run(section: TrainDitSection, latents: Artifact, beginning: Beginning, job: Job) -> Result:
+def run(
+    section: TrainDitSection,
+    latents: Artifact,
+    beginning: Beginning,
+    job: Job,
+    evaluation: Evaluation | None = None,
+) -> Result:
     """Train the transformer that `section` describes; returns its payload and the last losses."""
-    return prepare(section, latents, beginning, job.device).run(job, beginning.checkpoint)
+    return prepare(section, latents, beginning, job.device).run(job, beginning.checkpoint, evaluation)
 
 
 def prepare(section: TrainDitSection, latents: Artifact, beginning: Beginning, kind: str) -> Training[Batch]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from rae.stages.job import Job, Result
 from rae.stages.models.payload import Payload
 from rae.stages.training.loop import Batch, Trainee, train
+from rae.stages.training.online import Evaluation
 from rae.stages.training.optimizer import steps_per_epoch, total_steps
 from rae.stages.training.ranks import Ranks
 from rae.stages.training.sections import TrainingSection
@@ -40,10 +41,11 @@ class Training(Generic[B]):
     networks: Sequence[nn.Module] = ()
     every_loss: int = 0
 
-    def run(self, job: Job, continued: Path | None) -> Result:
+    def run(self, job: Job, continued: Path | None, evaluation: Evaluation | None = None) -> Result:
         """Train to the end; as `train`."""
         given = self.learner, self.batch, self.section, self.payload
-        return train(*given, rows=self.rows, job=job, ranks=self.ranks, continued=continued)
+        how: dict[str, Any] = {"continued": continued, "evaluation": evaluation}
+        return train(*given, rows=self.rows, job=job, ranks=self.ranks, **how)
 
     def dry_run(self) -> Json:
         """Take two steps of the final phase, with every loss; returns what they took and what a whole run would.

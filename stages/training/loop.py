@@ -22,6 +22,7 @@ from rae.stages.training.checkpoints import Groups, load, newest
 from rae.stages.training.data import prefetch
 from rae.stages.training.ema import EMA, PowerEMAs
 from rae.stages.training.metrics_log import Meter, MetricsLog
+from rae.stages.training.online import Evaluation, OnlineScores
 from rae.stages.training.optimizer import (
     build_optimizer,
     descend,
@@ -228,6 +229,7 @@ def train(
     job: Job,
     ranks: Ranks,
     continued: Path | None = None,
+    evaluation: Evaluation | None = None,
 ) -> Result:
     """Train to the end, from the newest checkpoint of this job's attempts or else the finished run's, `continued`.
 
@@ -242,9 +244,10 @@ def train(
     done, meter, attempt = _resume(learner, job, ranks, continued)
     check_milestones(job.milestones, done, total)
     results = Results(learner, payload, meter, section, per_epoch, job, ranks)
-    results.take_over(attempt, done)
-    results.milestone(done)
+    results.go_on_from(attempt, done)
     log = MetricsLog(job.folder, done, attempt) if ranks.is_main else None
+    online = OnlineScores(evaluation, results, log, job, ranks)
+    online.catch_up(done)
     steps = range(done, total)
     with closing(prefetch(lambda step: batch(*divmod(step, per_epoch)), steps, section.workers)) as batches:
         mark = time.perf_counter()
@@ -274,9 +277,8 @@ def train(
                 if log:
                     log.log(step=done, epoch=done / per_epoch, **meter.latest, lr=rate, **speed)
             stop = ranks.any(job.stopping())
-            saves = stop or done % section.checkpoint_every == 0 or done == total
-            results.snapshot(done, total)
-            results.milestone(done)
+            saves = stop or online.is_due(done) or done % section.checkpoint_every == 0 or done == total
+            results.reached(done, total)
             if saves:
                 meter.sums = _mean(meter.sums, ranks)
                 results.checkpoint(done)
@@ -285,6 +287,7 @@ def train(
             if stop:
                 # Another rank was asked, and its `check_stop` has raised.
                 raise PartialResult(f"training stopped at step {done} of {total}; its checkpoint is saved")
+            mark += online.catch_up(done)
     speed = {"images_per_s": meter.run.per_second(section.batch_size), "data_wait": meter.run.data_wait}
     return results.finished(done, speed)
 

@@ -58,22 +58,37 @@ class Results:
             self._last = done, folder
         return self._last[1]
 
-    def milestone(self, done: int) -> None:
-        """Publish the weights after `done` steps, if they are to be."""
-        if self._job.publish is not None and done in self._job.milestones:
-            weights = self._weights()
-            if self._ranks.is_main:
-                self._job.publish(done, lambda folder: self._payload_of(done, folder, *weights))
-
-    def snapshot(self, done: int, total: int) -> None:
-        """Keep the averages whose length is chosen later, where a snapshot of them is due."""
+    def reached(self, done: int, total: int) -> None:
+        """Keep what is to be kept of the weights after `done` steps of `total`: averages, a milestone."""
         if self._learner.power_emas is not None:
             self._learner.power_emas.save(self._job.folder, done, done == total, self._ranks)
+        self._milestone(done)
 
-    def take_over(self, attempt: Path | None, done: int) -> None:
-        """Bring what the attempt that training goes on from has kept of its first `done` steps."""
+    def go_on_from(self, attempt: Path | None, done: int) -> None:
+        """Bring what the attempt that training goes on from kept of its first `done` steps; see to its milestone."""
         if self._learner.power_emas is not None and attempt is not None and self._ranks.is_main:
             self._learner.power_emas.take_over(self._job.folder, attempt, done)
+        self._milestone(done)
+
+    def _milestone(self, done: int) -> None:
+        if done in self._job.milestones:
+            self.publish(done)
+
+    def publish(self, done: int, name: str | None = None) -> None:
+        """Publish the weights after `done` steps where a run publishes at all; called NAME-`name`, too, if it is given.
+
+        Called by all ranks.
+        """
+        if self._job.publish is not None:
+            weights = self._weights()
+            if self._ranks.is_main:
+                self._job.publish(done, lambda folder: self._payload_of(done, folder, *weights), name)
+
+    def model(self, done: int, folder: Path) -> None:
+        """Write the weights after `done` steps, and what they are, into a folder. Called by all ranks."""
+        weights = self._weights()
+        if self._ranks.is_main:
+            self._payload_of(done, folder, *weights)
 
     def finished(self, done: int, numbers: Mapping[str, float]) -> Result:
         """The payload of the whole training, with its last checkpoint and its log, all in this attempt.

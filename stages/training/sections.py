@@ -263,6 +263,9 @@ class TrainDitSection(TrainingSection):
     `size` S, B, L or XL stands for all three. `shuffle: windowed` permutes the store's parts, and the rows of every
     `window_parts` of them: for disks that are slow at random reads.
 
+    Every `evaluate_every` steps samples are drawn and scored as `sample` and `evaluate` say, with the EMA and with the
+    last weights; `keep_best` publishes the step whose EMA scores best so far, as dit/NAME-best.
+
     `ema_sigma_rel` are lengths of power-function averages (EDM2, section 3) that are tracked beside the EMA, and kept
     every `ema_snapshot_every` steps, so that `sample.ema_sigma_rel` can be any length afterwards: [0.05, 0.1].
     """
@@ -285,6 +288,8 @@ class TrainDitSection(TrainingSection):
     loss_weight: Literal["velocity", "likelihood"] | None = None
     time_dist_type: Literal["uniform", "logit-normal"] = "uniform"
     time_dist_shift: Rate | Literal["auto"] = "auto"
+    evaluate_every: Annotated[Positive | None, Runtime] = None
+    keep_best: Annotated[Literal["frechet_distance"] | None, Runtime] = None
     ema_sigma_rel: tuple[SigmaRel, ...] = ()
     ema_snapshot_every: Positive | None = None
     allow_narrow: Annotated[bool, Runtime] = False
@@ -298,6 +303,12 @@ class TrainDitSection(TrainingSection):
         if self.shuffle == "global":
             del settings["window_parts"]
         return settings
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Self:
+        if self.keep_best is not None and self.evaluate_every is None:
+            raise ValueError("`keep_best` keeps what `evaluate_every` finds best: give both, or neither")
+        return self
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Self:
