@@ -16,7 +16,6 @@ from rae.pipeline.arguments import (
     Device,
     DryRun,
     Quiet,
-    Ref,
     Restart,
     Set,
     TryOut,
@@ -32,6 +31,7 @@ from rae.pipeline.cli_evaluate import evaluate_command
 from rae.pipeline.cli_export import export_app
 from rae.pipeline.cli_gc import gc_command, rm_command
 from rae.pipeline.cli_import import import_app
+from rae.pipeline.cli_inspect import diff_command, inspect_command, tag_command
 from rae.pipeline.cli_shards import shards_command
 from rae.pipeline.cli_sharing import pull_command, push_command
 from rae.pipeline.cli_verify import verify_command
@@ -187,22 +187,16 @@ def plan_command(
 
 @app.command("status")
 def status_command(workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: AsJson = False) -> None:
-    """List every artifact, and what is unfinished and how to continue it."""
+    """List every artifact, what is stale and why, what is unfinished and how to continue it."""
     from rae.pipeline.status import show_status
     from rae.store.artifacts import Workspace
 
     show_status(Workspace(workspace), options_for(as_json).console)
 
 
-@app.command("inspect")
-def inspect_command(ref: Ref, workspace: WorkspaceOption = DEFAULT_WORKSPACE, as_json: AsJson = False) -> None:
-    """Show one artifact: what made it, its numbers, its inputs, its invalid rows."""
-    from rae.pipeline.status import show_artifact
-    from rae.store.artifacts import Workspace
-
-    show_artifact(Workspace(workspace), ref, options_for(as_json).console)
-
-
+app.command("inspect")(inspect_command)
+app.command("diff")(diff_command)
+app.command("tag")(tag_command)
 app.command("verify")(verify_command)
 app.command("push")(push_command)
 app.command("pull")(pull_command)

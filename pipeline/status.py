@@ -1,56 +1,94 @@
-"""`rae status`, `rae inspect` and the plan: what is there, what is unfinished, what would run and why."""
+"""`rae status` and the plan: what is there, what is stale or unfinished, what would run and why."""
 
+import datetime
 import shutil
 
 from rae.pipeline.console import Console, duration, size
 from rae.pipeline.plan import STAGES, Pipeline
-from rae.stages.models.model_folder import read_json
 from rae.stages.sections import EncodeSection
 from rae.store.artifacts import Unfinished, Workspace
 from rae.store.errors import MissingInput, RaeError
 from rae.store.layout import LatentLayout
+from rae.store.lineage import Lineage
 from rae.store.manifest import Artifact, Json
-
-_SHOWN_INVALID_ROWS = 20
 
 
 def show_status(workspace: Workspace, console: Console) -> None:
-    """Every artifact and everything unfinished."""
-    _check_readable(workspace)
-    artifacts, unfinished = list(workspace.artifacts()), list(workspace.unfinished())
+    """Every artifact, what is stale and why, and everything unfinished."""
+    lineage = Lineage(workspace)
+    artifacts = list(lineage.artifacts.values())
     if console.as_json:
-        done = [_summary(artifact) for artifact in artifacts]
-        open_ = [{"kind": one.kind, "id": one.id, "name": one.name, "continue": _continue(one)} for one in unfinished]
+        done = [summary(lineage, artifact) for artifact in artifacts]
+        open_ = [
+            {"kind": one.kind, "id": one.id, "name": one.name, "continue": _continue(one)}
+            for one in lineage.unfinished.values()
+        ]
         console.print_json({"artifacts": done, "unfinished": open_})
         return
-    rows = []
+    columns = ["artifact", "id", "age", "size", "made by", "needed by", ""]
+    if artifacts:
+        console.table(workspace.place, columns, [_row(lineage, artifact) for artifact in artifacts])
     for artifact in artifacts:
-        summary = _summary(artifact)
-        made_from = ", ".join(summary["inputs"]) or "-"
-        rows.append(
-            [artifact.kind, summary["name"], artifact.id, summary["created"], size(summary["bytes"]), made_from]
-        )
-    if rows:
-        console.table(f"{workspace.place}", ["kind", "name", "id", "made", "size", "from"], rows)
-    for one in unfinished:
+        for reason in lineage.stale(artifact):
+            console.say(f"stale: {lineage.called(artifact.ref)}: {reason}")
+    for one in lineage.unfinished.values():
         console.say(f"unfinished: {one.kind} `{one.name}` ({one.id}); continue with: {_continue(one)}")
-    if not rows and not unfinished:
+    if not artifacts and not lineage.unfinished:
         console.say(f"{workspace.place} holds no artifacts yet; begin with: rae run quickstart")
 
 
-def _check_readable(workspace: Workspace) -> None:
-    try:
-        list(workspace.root.iterdir()) if workspace.root.exists() else None
-    except OSError as error:
-        raise MissingInput(f"the workspace {workspace.place} cannot be read ({error.strerror})") from error
+def _row(lineage: Lineage, artifact: Artifact) -> list[str]:
+    inputs = ", ".join(lineage.called(one.ref) for one in lineage.inputs(artifact))
+    made_by = _stage(artifact) + (f" from {inputs}" if inputs else "")
+    needed_by = ", ".join(map(lineage.called, lineage.dependents(artifact.ref)))
+    called = ", ".join(f"{artifact.kind}/{name}" for name in lineage.names_of(artifact.ref))
+    age = age_seconds(artifact)
+    return [
+        called or lineage.called(artifact.ref),
+        artifact.id,
+        "" if age is None else duration(age),
+        size(artifact.payload_bytes),
+        made_by,
+        needed_by,
+        "stale" if lineage.stale(artifact) else "",
+    ]
 
 
-def _summary(artifact: Artifact) -> Json:
+def summary(lineage: Lineage, artifact: Artifact) -> Json:
+    """An artifact as `--json` has it."""
     manifest = artifact.manifest
-    inputs = [f"{one['kind']}/{one['id']}" for one in manifest.inputs.values()]
-    created = manifest.provenance.get("created", "")
-    head = {"kind": manifest.kind, "name": manifest.name, "id": manifest.id, "content": manifest.content}
-    return head | {"created": created, "bytes": artifact.payload_bytes, "inputs": inputs, "metrics": manifest.metrics}
+    return {
+        "kind": manifest.kind,
+        "name": manifest.name,
+        "names": lineage.names_of(artifact.ref),
+        "id": manifest.id,
+        "content": manifest.content,
+        "created": manifest.provenance.get("created", ""),
+        "age_seconds": age_seconds(artifact),
+        "bytes": artifact.payload_bytes,
+        "made_by": _stage(artifact),
+        "inputs": [one.ref for one in lineage.inputs(artifact)],
+        "dependents": lineage.dependents(artifact.ref),
+        "stale": lineage.stale(artifact),
+        "metrics": manifest.metrics,
+    }
+
+
+def age_seconds(artifact: Artifact) -> int | None:
+    """How long ago the making of an artifact began; None where its manifest does not say."""
+    try:
+        created = datetime.datetime.fromisoformat(artifact.manifest.provenance["created"])
+        return max(0, round((datetime.datetime.now(datetime.UTC) - created).total_seconds()))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _stage(artifact: Artifact) -> str:
+    """The verb that made an artifact."""
+    match artifact.manifest.recipe.get("stage"):
+        case {"name": str(name)}:
+            return name.replace("_", "-")
+    return "?"
 
 
 def _continue(one: Unfinished) -> str:
@@ -59,66 +97,6 @@ def _continue(one: Unfinished) -> str:
             return f"rae {words}, with the same arguments and --name {one.name}"
     verb = next(stage.verb for stage in STAGES.values() if stage.kind == one.kind)
     return f"rae {verb} CONFIG, with the configuration `{one.name}`"
-
-
-def show_artifact(workspace: Workspace, ref: str, console: Console) -> None:
-    """One artifact: numbers, settings, inputs, and of latents the invalid rows with their reasons."""
-    artifact = workspace.resolve(ref)
-    manifest = artifact.manifest
-    invalid, encoder = _invalid_rows(artifact), _encoder(artifact)
-    if console.as_json:
-        details = {"path": str(artifact.folder), "config": manifest.config, "provenance": manifest.provenance}
-        console.print_json(
-            _summary(artifact) | details | {"recipe": manifest.recipe, "encoder": encoder, "invalid": invalid}
-        )
-        return
-    console.say(f"{artifact.kind}/{artifact.id}  `{manifest.name}`  {size(artifact.payload_bytes)}  {artifact.folder}")
-    console.say(f"content {manifest.content}")
-    sections = {"numbers": manifest.metrics, "provenance": manifest.provenance, **manifest.config}
-    if encoder is not None:
-        sections["encoder of its tokens"] = {key: value for key, value in encoder.items() if value is not None}
-    for title, values in sections.items():
-        console.say(f"{title}:")
-        for key, value in values.items():
-            console.say(f"  {key}: {duration(value) if key == 'seconds' else value}")
-    for line in _lineage(workspace, artifact, depth=0):
-        console.say(line)
-    for row in invalid[:_SHOWN_INVALID_ROWS]:
-        console.say(f"invalid: {row['key']} in source shard {row['source_shard']}: {row['reason']}")
-    if len(invalid) > _SHOWN_INVALID_ROWS:
-        console.say(f"invalid: {len(invalid) - _SHOWN_INVALID_ROWS} more; --json lists them all")
-
-
-def _lineage(workspace: Workspace, artifact: Artifact, depth: int) -> list[str]:
-    """The tree of what an artifact was made from, as far as it lies in this workspace."""
-    lines = []
-    for role, one in artifact.manifest.inputs.items():
-        lines.append(f"{'  ' * depth}made from {role}: {one['kind']}/{one['id']}")
-        folder = workspace.folder(one["kind"], one["id"])
-        if (folder / "manifest.json").is_file():
-            lines += _lineage(workspace, workspace.resolve(f"{one['kind']}/{one['id']}"), depth + 1)
-    return lines
-
-
-def _encoder(artifact: Artifact) -> Json | None:
-    """The encoder of an artifact's tokens: width, grid, input size, normalisation, digest, and version if it has one.
-
-    None for kinds without. Raises `CorruptData` if its description cannot be read.
-    """
-    file = {"latents": "encoder.json", "decoder": "decoder.json", "dit": "dit.json"}.get(artifact.kind)
-    if file is None or not (path := artifact.payload / file).is_file():
-        return None
-    described = read_json(path)
-    encoder: Json | None = described if artifact.kind == "latents" else described.get("encoder")
-    return encoder
-
-
-def _invalid_rows(artifact: Artifact) -> list[Json]:
-    if artifact.kind != "latents":
-        return []
-    from rae.store.latents import LatentStore
-
-    return LatentStore(artifact.payload).invalid_rows()
 
 
 def show_plan(pipeline: Pipeline, names: list[str], console: Console) -> None:

@@ -16,7 +16,7 @@ KINDS = ("shards", "latents", "decoder", "dit", "samples", "reference", "scores"
 
 # An id as `recipe_id` makes it.
 ID = re.compile(r"[0-9a-f]{16}")
-_ABSENT = object()
+ABSENT = object()  # in place of a value that only the other side has
 
 Json = dict[str, Any]
 
@@ -36,18 +36,24 @@ def milestone_recipe(run: Mapping[str, Any], step: int) -> Json:
     return {**run, "milestone": {"run": recipe_id(run), "step": step}}
 
 
-def differing_fields(asked: Any, found: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted fields in which two recipes differ, as sentences `field: found X, asked Y`."""
+def differences(asked: Any, found: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The dotted fields in which two recipes differ, with what is found and what is asked there, or `ABSENT`."""
     if isinstance(asked, Mapping) and isinstance(found, Mapping):
         for key in sorted(asked.keys() | found.keys()):
-            one, other = (side.get(key, _ABSENT) for side in (asked, found))
-            yield from differing_fields(one, other, f"{prefix}.{key}" if prefix else str(key))
-    elif asked is _ABSENT or found is _ABSENT or canonical(asked) != canonical(found):
-        yield f"{prefix}: found {_short(found)}, asked {_short(asked)}"
+            one, other = (side.get(key, ABSENT) for side in (asked, found))
+            yield from differences(one, other, f"{prefix}.{key}" if prefix else str(key))
+    elif asked is ABSENT or found is ABSENT or canonical(asked) != canonical(found):
+        yield prefix, found, asked
+
+
+def differing_fields(asked: Any, found: Any, prefix: str = "") -> Iterator[str]:
+    """The `differences` of two recipes as sentences `field: found X, asked Y`."""
+    for field_name, one, other in differences(asked, found, prefix):
+        yield f"{field_name}: found {_short(one)}, asked {_short(other)}"
 
 
 def _short(value: Any) -> str:
-    text = "nothing" if value is _ABSENT else json.dumps(value)
+    text = "nothing" if value is ABSENT else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

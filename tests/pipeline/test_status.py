@@ -50,3 +50,24 @@ def test_the_price_of_latents_is_told_before_they_are_encoded(rows: Any) -> None
 def test_in_an_empty_workspace_only_the_first_stage_can_run(rows: Any) -> None:
     states = [row["state"] for row in rows(empty=True).values()]
     assert states == ["run", "wait", "wait", "wait", "wait", "wait"]
+
+
+def test_status_says_what_made_each_artifact_what_needs_it_and_what_is_stale(rae_with: Any) -> None:
+    rae = rae_with("shards", "latents", "dit")
+    before = rae.artifact("latents/tiny")["id"]
+    rae.verb("encode", "-s", "encode.batch_size=4").succeeded()
+    now = rae.artifact("latents/tiny")["id"]
+    ran = rae("status", "-w", rae.workspace).succeeded()
+    assert f"stale: dit/tiny: made from latents/{before}, and latents/tiny is now latents/{now}" in ran.out
+    assert "(config.encode.batch_size: found 8, asked 4)" in ran.out
+    shown = {
+        (one["kind"], one["id"]): one
+        for one in rae("status", "-w", rae.workspace, "--json").succeeded().json["artifacts"]
+    }
+    dit = next(one for one in shown.values() if one["kind"] == "dit")
+    assert (dit["made_by"], dit["names"], dit["inputs"]) == ("train-dit", ["tiny"], [f"latents/{before}"])
+    assert dit["bytes"] > 10_000
+    assert 0 <= dit["age_seconds"] < 24 * 3600
+    assert shown["latents", before]["dependents"] == [f"dit/{dit['id']}"]
+    assert (shown["latents", now]["stale"], shown["latents", now]["dependents"]) == ([], [])
+    assert len(shown["latents", before]["stale"]) == len(dit["stale"]) == 1
