@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Literal
 
 from rae.pipeline.console import Console, size
 from rae.store.artifacts import Workspace
 from rae.store.errors import ConfigError, MissingInput, StaleInput
+from rae.store.lease import held
 from rae.store.manifest import Artifact, Json
+from rae.store.notes import Notes, read_notes, write_notes
 from rae.store.remote import LocalFolder, ObjectStore
 from rae.store.transfer import copy_payload, payload_bytes
 
@@ -32,20 +35,23 @@ def carry(
     artifacts = [wanted] if alone else list(lineage(source, wanted, console))
     there = {artifact.id: _is_there(target, artifact) for artifact in artifacts}
     done, began = list[Json](), time.monotonic()
-    for artifact in artifacts:
-        name = f"{artifact.kind}/{artifact.id}"
-        total = 0 if there[artifact.id] else payload_bytes(_objects(artifact), artifact)
-        if there[artifact.id]:
-            console.say(f"{verb}: {name} `{artifact.manifest.name}` is there already")
-        elif dry_run:
-            left = total - min(total, target.arrived_bytes(artifact))
-            console.say(f"{verb}: would copy {name} `{artifact.manifest.name}`, {size(left)} of {size(total)}")
-        else:
-            _copy(verb, artifact, target, total, console)
-            console.say(f"{verb}: {name} `{artifact.manifest.name}`, {size(total)}, is in {target.place}")
-        if not dry_run:
-            _name(target, artifact, console, verb)
-        done.append({"kind": artifact.kind, "id": artifact.id, "bytes": total, "reused": there[artifact.id]})
+    arriving = [one.ref for one in artifacts if not dry_run and not there[one.id]]
+    with held(target.objects, arriving) if arriving else nullcontext():
+        for artifact in artifacts:
+            name = f"{artifact.kind}/{artifact.id}"
+            total = 0 if there[artifact.id] else payload_bytes(_objects(artifact), artifact)
+            if there[artifact.id]:
+                console.say(f"{verb}: {name} `{artifact.manifest.name}` is there already")
+            elif dry_run:
+                left = total - min(total, target.arrived_bytes(artifact))
+                console.say(f"{verb}: would copy {name} `{artifact.manifest.name}`, {size(left)} of {size(total)}")
+            else:
+                _copy(verb, artifact, target, total, console)
+                console.say(f"{verb}: {name} `{artifact.manifest.name}`, {size(total)}, is in {target.place}")
+            if not dry_run:
+                _name(target, artifact, console, verb)
+                _carry_notes(target, artifact)
+            done.append({"kind": artifact.kind, "id": artifact.id, "bytes": total, "reused": there[artifact.id]})
     if not dry_run and (moved := sum(one["bytes"] for one in done)):
         console.say(f"{verb}: {size(moved)}, {size(int(moved / (time.monotonic() - began)))} a second")
     if console.as_json:
@@ -112,3 +118,10 @@ def _name(target: Workspace, artifact: Artifact, console: Console, verb: str) ->
     if "milestone" in artifact.manifest.recipe or target.name_if_free(artifact, name):
         return
     console.say(f"{verb}: `{artifact.kind}/{name}` means another artifact in {target.place}, and goes on to")
+
+
+def _carry_notes(target: Workspace, artifact: Artifact) -> None:
+    """Bring description and licence along, unless the target has its own."""
+    notes, arrived = read_notes(artifact), target.published(artifact.kind, artifact.id)
+    if notes != Notes() and arrived is not None and read_notes(arrived) == Notes():
+        write_notes(arrived, notes)

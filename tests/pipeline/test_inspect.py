@@ -71,7 +71,9 @@ def test_the_same_recipe_is_said_to_be_the_same(finished: Rae) -> None:
 
 def test_what_is_neither_artifact_nor_configuration_is_missing(finished: Rae) -> None:
     finished("diff", "nothing", "dit/tiny", "-w", finished.workspace).refused(3, "no artifact `nothing`")
-    finished("diff", "no.yaml", "dit/tiny", "-w", finished.workspace).refused(3, "there is no configuration file no.yaml")
+    finished("diff", "no.yaml", "dit/tiny", "-w", finished.workspace).refused(
+        3, "there is no configuration file no.yaml"
+    )
 
 
 # ---- names and notes ------------------------------------------------------------------------------------------------

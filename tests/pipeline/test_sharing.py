@@ -35,6 +35,17 @@ def test_what_was_pushed_is_pulled_to_the_bit_with_what_it_was_made_from(trained
     assert "already done" in rae.verb("train-dit").succeeded().out
 
 
+def test_notes_come_along_where_the_other_side_has_none(trained: Rae, rae: Rae, tmp_path: Path) -> None:
+    place, words = tmp_path / "team", ("tag", "shards/tiny", "--license")
+    trained(*words, "CC0-1.0", "-w", trained.workspace).succeeded()
+    trained("push", "shards/tiny", "--to", place, "-w", trained.workspace).succeeded()
+    assert rae("inspect", "shards/tiny", "-w", place, "--json").succeeded().json["license"] == "CC0-1.0"
+    trained(*words, "CC-BY-4.0", "-w", trained.workspace).succeeded()
+    trained("push", "shards/tiny", "--to", place, "-w", trained.workspace).succeeded()
+    assert rae("inspect", "shards/tiny", "-w", place, "--json").succeeded().json["license"] == "CC0-1.0"
+    assert not list((place / "leases").iterdir())
+
+
 def test_a_second_push_sends_nothing(trained: Rae, s3) -> None:
     place = s3.place()
     push(trained, place).succeeded()
