@@ -1,6 +1,6 @@
 """The arguments and options that several commands share, and what they mean together. Light: typer alone."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -88,8 +88,10 @@ def run_verb(name: str, pipeline: "Pipeline", options: "Options", dry_run: bool 
         show_outcome(runner.run_verb(pipeline, name, options), options)
 
 
-def show_plan(pipeline: "Pipeline", names: list[str], options: "Options") -> None:
+def show_plan(
+    pipeline: "Pipeline", names: list[str], options: "Options", caching: dict[str, Any] | None = None
+) -> None:
     """What these stages would do."""
     from rae.pipeline.status import show_plan
 
-    show_plan(pipeline, names, options.console)
+    show_plan(pipeline, names, options.console, caching)

@@ -172,13 +172,24 @@ app.command("evaluate")(evaluate_command)
 
 @app.command("plan")
 def plan_command(
-    config: Config, workspace: WorkspaceOption = DEFAULT_WORKSPACE, overrides: Set = None, as_json: AsJson = False
+    config: Config,
+    workspace: WorkspaceOption = DEFAULT_WORKSPACE,
+    overrides: Set = None,
+    as_json: AsJson = False,
+    measure: Annotated[
+        bool, typer.Option(help="Time a few batches of encoder and transformer, to say what caching saves.")
+    ] = False,
+    device: Device = "auto",
 ) -> None:
-    """Say what would run, why, what it takes, and what is missing for it."""
+    """Say what would run, why, what it takes, what caching saves, and what is missing for it."""
+    from rae.pipeline.break_even import break_even, say_break_even
     from rae.pipeline.preflight import problems
 
     pipeline, options = prepare(config, workspace, overrides, as_json)
-    show_plan(pipeline, [stage.name for stage in pipeline.stages], options)
+    caching = break_even(pipeline, device if measure else None)
+    show_plan(pipeline, [stage.name for stage in pipeline.stages], options, caching)
+    if caching is not None and not as_json:
+        say_break_even(caching, options.console)
     if found := list(problems(pipeline)):
         for problem in found:
             _tell(problem)

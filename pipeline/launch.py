@@ -79,14 +79,6 @@ def device_of(asked: str) -> str:
         raise ConfigError(f"--device {asked} is not a device; say cpu, cuda, cuda:1 or mps") from None
 
 
-def provenance(device: str) -> Json:
-    """What of this machine a reader of the manifest may want to know."""
-    import torch
-
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else device
-    return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
 @dataclass(frozen=True)
 class Crew:
     """Who encodes: this process, so many local ones, or the workers of a dask scheduler; all parts, or share i of n."""
@@ -101,6 +93,22 @@ class Crew:
             raise ConfigError("--processes starts workers here and --scheduler takes those that it has: give one")
         if spread and os.environ.get("WORLD_SIZE", "1") != "1":
             raise ConfigError("torchrun has started processes already: leave out --processes and --scheduler")
+
+
+def device_name(device: str) -> str:
+    """What a device that torch knows is called: the GPU's model."""
+    import torch
+
+    return torch.cuda.get_device_name() if device.startswith("cuda") else device
+
+
+def provenance(device: str, crew: Crew) -> Json:
+    """What of this machine a reader of the manifest may want to know."""
+    import torch
+
+    processes = max(crew.processes, int(os.environ.get("WORLD_SIZE", "1")))
+    threads = torch.get_num_threads()
+    return {"device": device_name(device), "processes": processes, "torch": torch.__version__, "threads": threads}
 
 
 def share_of(text: str) -> tuple[int, int]:

@@ -291,7 +291,7 @@ def _manifest(
             "rae": metadata.version("rae-pipeline"),
             "python": platform.python_version(),
             "platform": platform.platform(),
-            **launch.provenance(device),
+            **launch.provenance(device, options.crew),
             **result.provenance,
         },
     )

@@ -99,11 +99,13 @@ def _continue(one: Unfinished) -> str:
     return f"rae {verb} CONFIG, with the configuration `{one.name}`"
 
 
-def show_plan(pipeline: Pipeline, names: list[str], console: Console) -> None:
-    """What would run, why, and the disk that it needs."""
+def show_plan(pipeline: Pipeline, names: list[str], console: Console, caching: Json | None = None) -> None:
+    """What would run, why, and the disk that it needs; as JSON, `caching` stands in the row of `encode`."""
     rows = [plan_row(one, name) for name in names for one in (pipeline, *pipeline.at_further_scales(STAGES[name]))]
     if console.as_json:
-        console.print_json(rows)
+        console.print_json(
+            [row | {"caching": caching} if caching and row["stage"] == "encode" else row for row in rows]
+        )
         return
     first: dict[str, str] = {}
     for row in rows:  # what every stage waits for is said once
@@ -130,10 +132,10 @@ def plan_row(pipeline: Pipeline, name: str) -> Json:
     if begun:
         return row | {"state": "continue", "why": f"{stage.kind}/{begun[0].id} is unfinished"}
     row |= {"state": "run", "why": "nothing of this recipe in the workspace"}
-    return row | _price(pipeline) if name == "encode" else row
+    return row | price(pipeline) if name == "encode" else row
 
 
-def _price(pipeline: Pipeline) -> Json:
+def price(pipeline: Pipeline) -> Json:
     """What the latents will take, said before anything is encoded, and whether the disk has room for them."""
     encode = pipeline.section("encode", EncodeSection)
     channels, (height, width) = pipeline.geometry()

@@ -1,7 +1,10 @@
 """`rae train-dit`: the diffusion transformer learns from stored latents; no encoder and no image is touched."""
 
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from rae.stages.job import Beginning, Job, Result
 from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.trained import DitDescription, dit_payload, read_encoder
-from rae.stages.models.transport import Transport, auto_shift
+from rae.stages.models.transport import Transport, auto_shift, create_transport
 from rae.stages.training.beginning import begin_dit
 from rae.stages.training.dry_run import Training
 from rae.stages.training.ema import PowerEMAs
@@ -36,19 +39,19 @@ class Batch:
     y: Tensor
     t: Tensor
     noise: Tensor
-    store: LatentStore
     rows: np.ndarray
+    keys_of: Callable[[np.ndarray], Sequence[str]]
 
     @property
     def keys(self) -> Sequence[str]:
         """Names of the samples, read when a message needs them."""
-        return self.store.keys_of(self.rows)
+        return self.keys_of(self.rows)
 
     def split(self, parts: int) -> list["Batch"]:
         """The same samples in equal parts, in order."""
         tensors = (tensor.chunk(parts) for tensor in (self.x, self.y, self.t, self.noise))
         pieces = zip(*tensors, np.split(self.rows, parts), strict=True)
-        return [Batch(x, y, t, noise, self.store, rows) for x, y, t, noise, rows in pieces]
+        return [Batch(x, y, t, noise, rows, self.keys_of) for x, y, t, noise, rows in pieces]
 
 
 def run(
@@ -78,10 +81,6 @@ def prepare(section: TrainDitSection, latents: Artifact, beginning: Beginning, k
     device = ranks.device(kind)
     torch.manual_seed(section.seed)  # initial weights
     transport, whitening = about.create_transport(), Whitening(store.stats, device)
-
-    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return transport.training_losses(model, batch.x, batch.y, t=batch.t, noise=batch.noise).mean(), {}
-
     order = store.shuffle(section.shuffle, section.window_parts)
 
     def batch(epoch: int, step: int) -> Batch:
@@ -95,9 +94,37 @@ def prepare(section: TrainDitSection, latents: Artifact, beginning: Beginning, k
         begin_dit(dit, beginning.init_from, section.init_weights)
     lengths, every = section.ema_sigma_rel, section.ema_snapshot_every
     averages = PowerEMAs(dit.to(device), lengths, every) if every is not None else None
+    loss = partial(mean_loss, transport)
     learner = Learner(dit, loss, section, rows=len(store), ranks=ranks, device=device, power_emas=averages)
     stats = torch.from_numpy(store.stats.mean).float(), torch.from_numpy(store.stats.variance).float()
     return Training(learner, batch, section, dit_payload(about, stats), len(store), ranks)
+
+
+def mean_loss(transport: Transport, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean over the batch, 0-dim; there is nothing else to log."""
+    return transport.training_losses(model, batch.x, batch.y, t=batch.t, noise=batch.noise).mean(), {}
+
+
+def time_step(
+    section: TrainDitSection, latent_shape: tuple[int, int, int], num_classes: int, kind: str, steps: int = 3
+) -> float:
+    """Median seconds of a training step on drawn latents, on a kind of device, after one that is not counted."""
+    device, size = Ranks().device(kind), section.batch_size
+    transport = create_transport(**describe_transport(section, latent_shape))
+    dit = build_dit(describe_dit(section, latent_shape, num_classes))
+    dit.grad_checkpoint = section.grad_checkpoint
+    learner = Learner(dit, partial(mean_loss, transport), section, rows=size, ranks=Ranks(), device=device)
+    x, noise = torch.randn(2, size, *latent_shape, device=device)
+    y = torch.zeros(size, dtype=torch.int64, device=device)
+    batch = Batch(x, y, torch.rand(size, device=device), noise, np.arange(size), lambda rows: ["drawn"] * len(rows))
+    taken = []
+    for step in range(steps + 1):
+        began = time.perf_counter()
+        learner.step(batch, step)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[1:])
 
 
 def count_classes(section: TrainDitSection, store: LatentStore) -> int:
@@ -165,4 +192,4 @@ def make_batch(
     y = torch.where(dropped, num_classes, y) if num_classes else torch.zeros_like(y)
     t = transport.sample_times(uniform(seed, "time", epoch, rows, device))
     noise = normal(store.shape, seed, "noise", epoch, rows, device)
-    return Batch(x, y, t, noise, store, rows)
+    return Batch(x, y, t, noise, rows, store.keys_of)
