@@ -8,10 +8,10 @@ epoch; with it every view is encoded once.
 from rae.pipeline import launch
 from rae.pipeline.console import Console, duration, size
 from rae.pipeline.plan import Pipeline
-from rae.pipeline.status import price
 from rae.stages.sections import EncodeSection
 from rae.stages.training.sections import TrainDitSection
 from rae.store.errors import RaeError
+from rae.store.layout import LatentLayout
 from rae.store.manifest import Artifact, Json
 from rae.store.order import steps_per_epoch
 
@@ -30,14 +30,14 @@ def break_even(pipeline: Pipeline, device: str | None = None) -> Json | None:
     if pipeline.config.encode is None or pipeline.config.train_dit is None:
         return None
     try:
-        taken = price(pipeline)
+        rows = len(pipeline.train)
         found = _recorded(pipeline) if device is None else _timed(pipeline, device)
     except RaeError as error:  # the plan's rows say the same and more
         return {"unknown": error.message, "next": error.next_command or pipeline.command("plan") + " --measure"}
     if isinstance(found, str):
         return {"unknown": found, "next": pipeline.command("plan") + " --measure"}
     encode, train = pipeline.section("encode", EncodeSection), pipeline.section("train_dit", TrainDitSection)
-    rows = taken["rows"]
+    layout = LatentLayout(encode.views, *found["shape"], rows_per_part=1, dtype=encode.dtype)
     epochs = (
         train.epochs
         if train.epochs is not None
@@ -52,7 +52,7 @@ def break_even(pipeline: Pipeline, device: str | None = None) -> Json | None:
         "seconds_saved": rows * (epochs - encode.views) * encoder,
         "epochs": epochs,
         "break_even_epochs": encode.views,
-        "bytes": taken["bytes"],
+        "bytes": rows * encode.views * layout.latent_bytes,
         "pays": share >= WORTHWHILE and epochs > encode.views,
     }
     return found | account
@@ -109,6 +109,7 @@ def _recorded(pipeline: Pipeline) -> Json | str:
     return {
         "encoder_seconds_per_view": 1 / pace.manifest.metrics["images_per_second"] / pace.manifest.metrics["views"],
         "transformer_seconds_per_image": (1 - numbers.get("data_wait", 0.0)) / numbers["images_per_s"],
+        "shape": pace.manifest.metrics["shape"],
         "measured": f"as latents/{pace.id} and dit/{speed.id} noted, on {_machine(pace)}",
     }
 
@@ -141,5 +142,6 @@ def _timed(pipeline: Pipeline, device: str) -> Json:
     return {
         "encoder_seconds_per_view": 1 / images_per_second / encode.views,
         "transformer_seconds_per_image": time_step(train, (token_dim, *grid), num_classes, kind) / train.batch_size,
+        "shape": [token_dim, *grid],
         "measured": f"timed now on {launch.device_name(kind)}",
     }

@@ -132,10 +132,10 @@ def plan_row(pipeline: Pipeline, name: str) -> Json:
     if begun:
         return row | {"state": "continue", "why": f"{stage.kind}/{begun[0].id} is unfinished"}
     row |= {"state": "run", "why": "nothing of this recipe in the workspace"}
-    return row | price(pipeline) if name == "encode" else row
+    return row | _price(pipeline) if name == "encode" else row
 
 
-def price(pipeline: Pipeline) -> Json:
+def _price(pipeline: Pipeline) -> Json:
     """What the latents will take, said before anything is encoded, and whether the disk has room for them."""
     encode = pipeline.section("encode", EncodeSection)
     channels, (height, width) = pipeline.geometry()
