@@ -37,7 +37,8 @@ def break_even(pipeline: Pipeline, device: str | None = None) -> Json | None:
     if isinstance(found, str):
         return {"unknown": found, "next": pipeline.command("plan") + " --measure"}
     encode, train = pipeline.section("encode", EncodeSection), pipeline.section("train_dit", TrainDitSection)
-    layout = LatentLayout(encode.views, *found["shape"], rows_per_part=1, dtype=encode.dtype)
+    channels, height, width = found["shape"]
+    layout = LatentLayout(encode.views, channels, height, width, rows_per_part=1, dtype=encode.dtype)
     epochs = (
         train.epochs
         if train.epochs is not None

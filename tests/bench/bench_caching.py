@@ -82,7 +82,7 @@ class Epochs:
 
     def encoded(self, made: tuple[Batch, np.ndarray]) -> Batch:
         batch, pixels = made
-        return Batch(self.whitening(self.tokens(pixels)), batch.y, batch.t, batch.noise, batch.names)
+        return Batch(self.whitening(self.tokens(pixels)), batch.y, batch.t, batch.noise, batch.rows, batch.keys_of)
 
 
 def written(folder: Path, source: Source, encoder_source: Any) -> float:
