@@ -25,7 +25,7 @@ def manifests(workspace: Path) -> dict[str, dict[str, Any]]:
 def test_two_processes_run_the_whole_pipeline(finished: Rae, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "rae.pipeline.cli", "run", str(finished.config), "-w", str(tmp_path / "w"), "--to", "sample"]
-    command += ["-s", "train_dit.publish_at=[3]"]
+    command += ["-s", "train_dit.publish_at=[3]", "-s", f"train_dit.evaluate_every={TINY['train_dit']['steps']}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -39,12 +39,16 @@ def test_two_processes_run_the_whole_pipeline(finished: Rae, tmp_path: Path) -> 
     for kind in ("decoder", "dit"):
         assert two[kind]["metrics"]["loss"] == pytest.approx(one[kind]["metrics"]["loss"], rel=1e-4)
     assert two["samples"]["metrics"]["images"] == one["samples"]["metrics"]["images"]
-    place = str(tmp_path / "w")
+    place, workspace = str(tmp_path / "w"), Workspace(tmp_path / "w")
+    log = (workspace.resolve("dit/tiny").payload / "metrics.jsonl").read_text().splitlines()
+    (scored,) = [line for line in map(json.loads, log) if "ema_frechet_distance" in line]
+    expected = one["scores"]["metrics"]["frechet_distance"]
+    assert scored["ema_frechet_distance"] == pytest.approx(expected, rel=0.01)
     dit, decoder = api.load_dit("tiny", place), api.load_decoder("tiny", place)
     labels = [index % dit.num_classes for index in range(TINY["sample"]["num_images"])]
     settings = {key: TINY["sample"][key] for key in ("num_steps", "batch_size")}
     with one_thread():
         alone = api.sample(dit, decoder, labels, **settings)
-    batches = list(read_batches(Workspace(tmp_path / "w").resolve("samples/tiny").payload))
+    batches = list(read_batches(workspace.resolve("samples/tiny").payload))
     assert [label for batch in batches for label in batch.labels] == labels
     np.testing.assert_array_equal(np.concatenate([batch.images for batch in batches]), alone)
