@@ -198,7 +198,8 @@ def _make(workspace: Workspace, name: str, task: Task, options: Options, process
     try:
         missing = processes.broadcast(_missing_milestones(task, work) if processes.is_main else None)
         publish = partial(_publish_milestone, workspace, task, work, options)
-        manifest = _run(task, work, launch.device_of(options.device), options, missing or frozenset(), publish)
+        with workspace.sending(work) if processes.is_main else nullcontext():
+            manifest = _run(task, work, launch.device_of(options.device), options, missing or frozenset(), publish)
     except BaseException:
         if processes.is_main:
             workspace.abandon(work)

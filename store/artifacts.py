@@ -241,11 +241,24 @@ class Workspace:
                 changed = f"an input of the unfinished {kind} `{name}` has changed since it began ({fields})"
                 self._drop(Unfinished(kind, id, name, recipe, dict(inputs), folder), changed, restart)
                 return self.begin(kind, name, recipe, inputs)
+        if not self.is_local:
+            from rae.store.sending import fetch_unfinished
+
+            fetch_unfinished(self.objects, f"objects/{kind}/{id}", folder)
         attempts = sorted(folder.glob("attempts/*"), key=lambda path: path.stat().st_mtime, reverse=True)
         attempt = folder
         if kind != "latents":  # latents' parts are shared by all who write them: each part is published for itself
             attempt = _new_attempt(folder)
         return Work(kind, name, recipe, folder, attempt, tuple(attempts))
+
+    def sending(self, work: Work) -> contextlib.AbstractContextManager[object]:
+        """While it lasts, what `work` has done is sent to where the workspace lies, if that is elsewhere."""
+        if self.is_local:
+            return contextlib.nullcontext()
+        from rae.store.sending import Sending
+
+        below = work.attempt.relative_to(self.root).as_posix()
+        return Sending(self.objects, below, work.attempt)
 
     def abandon(self, work: Work) -> None:
         """Forget a beginning that came to nothing, so that it stands in nobody's way; anything written stays."""
