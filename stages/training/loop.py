@@ -169,8 +169,10 @@ class Learner(Trainee[B]):
     def step(self, batch: B, step: int) -> dict[str, float | Tensor]:
         """Descend the loss of one batch; as of every `Trainee`."""
         self.optimizer.zero_grad()
-        parts = self.parts(batch)
-        numbers = [self._learn(part, step, len(parts), last=part is parts[-1]) for part in parts]
+        parts, failures = self.parts(batch), list[NonFinite]()
+        numbers = [self._learn(part, step, len(parts), part is parts[-1], failures) for part in parts]
+        if failures:
+            raise failures[0]
         check = self.check_norm("grad_norm", batch, step)
         norm = descend(self.optimizer, self.model, self.rate(step), self.section.clip_grad, check)
         self.ema.update(self.model)
@@ -178,14 +180,23 @@ class Learner(Trainee[B]):
             self.power_emas.update(self.model, step + 1)
         return {**mean_numbers(numbers), "grad_norm": norm}
 
-    def _learn(self, part: B, step: int, parts: int, last: bool) -> dict[str, float | Tensor]:
-        """Add the gradient of one of a batch's `parts`; returns its numbers."""
+    def _learn(
+        self, part: B, step: int, parts: int, last: bool, failures: list[NonFinite]
+    ) -> dict[str, float | Tensor]:
+        """Add the gradient of one of a batch's `parts`; returns its numbers, and notes that they are not finite.
+
+        It goes backwards all the same: what shards have added up of earlier parts, only the last pass takes from them.
+        """
         with averaging(self.forward, last):
             with self.autocast():
                 loss, made_of = self.loss(self.forward, part)
             numbers = {name: number.detach() for name, number in made_of.items()}
             # Read before the backward pass is queued: here a GPU waits for its next command only.
-            value = finite("loss", loss.item(), part, step, self.ranks, numbers)
+            value = loss.item()
+            try:
+                finite("loss", value, part, step, self.ranks, numbers)
+            except NonFinite as failure:
+                failures.append(failure)
             (loss / parts).backward()  # type: ignore[no-untyped-call]
         return {"loss": value, **numbers}
 

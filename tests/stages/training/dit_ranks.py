@@ -58,7 +58,12 @@ RUNS = {
     "bf16": {"precision": "bf16"},
     "fsdp2": {"parallel": "fsdp2"},
     "fsdp2_accumulated": {"parallel": "fsdp2", "grad_accum_steps": 2},
-    "fsdp2_skipping": {"parallel": "fsdp2", "max_skipped_steps": 20, "checkpoint_every": 1},
+    "fsdp2_skipping": {
+        "parallel": "fsdp2",
+        "grad_accum_steps": 2,
+        "max_skipped_steps": 20,
+        "checkpoint_every": 1,
+    },
     "fsdp2_lengths": {"parallel": "fsdp2", "ema_sigma_rel": (0.05, 0.1), "ema_snapshot_every": 10},
     "fsdp2_resumed": {"parallel": "fsdp2"},
     "fsdp2_taken_over": {"parallel": "fsdp2"},
