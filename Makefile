@@ -31,7 +31,7 @@ lint:
 	cd .typing && ../.venv/bin/lint-imports --config ../pyproject.toml
 
 test-faults: .venv/installed-test
-	RAE_FAULTS=all .venv/bin/pytest tests/faults
+	RAE_FAULTS=all .venv/bin/pytest --timeout 0 tests/faults
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
