@@ -8,7 +8,7 @@ from typing import Literal
 
 from rae.pipeline import longer_runs
 from rae.pipeline.plan import Pipeline
-from rae.pipeline.tasks import evaluation_lpips, evaluation_reference, extractor_files
+from rae.pipeline.tasks import evaluation_lpips, evaluation_references, extractor_files, takes_features
 from rae.stages.models.weights import locate_dino, locate_lpips
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection
 from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
@@ -180,13 +180,8 @@ def _held_out(pipeline: Pipeline) -> object:
 
 
 def _extractor(pipeline: Pipeline) -> None:
-    if pipeline.config.sample is not None:
+    if takes_features(pipeline):
         extractor_files(pipeline.section("evaluate", EvaluateSection))
-
-
-def _reference(pipeline: Pipeline) -> None:
-    if pipeline.config.sample is not None and pipeline.section("evaluate", EvaluateSection).reference is not None:
-        evaluation_reference(pipeline)
 
 
 def _distance(pipeline: Pipeline) -> None:
@@ -208,5 +203,5 @@ _CHECKS: dict[str, tuple[Callable[[Pipeline], object], ...]] = {
     ),
     "train_dit": (_train_dit, _origins_of("train_dit")),
     "sample": (_sample, _guide),
-    "evaluate": (_held_out, _extractor, _reference, _distance),
+    "evaluate": (_held_out, _extractor, evaluation_references, _distance),
 }

@@ -20,7 +20,7 @@ from rae.stages.scoring.reference_files import check_reference
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, ShardsSection
 from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
 from rae.store.artifacts import Workspace
-from rae.store.errors import StaleInput
+from rae.store.errors import ConfigError, StaleInput
 from rae.store.manifest import Artifact, Json, canonical, differing_fields, recipe_id
 
 if TYPE_CHECKING:
@@ -185,9 +185,9 @@ def _evaluate(pipeline: Pipeline) -> Task:
     inputs, weights = {"decoder": pipeline.decoder()}, dict(encoder_source.digests)
     if pipeline.config.sample is not None:
         inputs["samples"] = pipeline.need("sample")
+    if takes_features(pipeline):
         weights |= {f"extractor/{name}": digest for name, digest in extractor_files(section).digests.items()}
-        if section.reference is not None:
-            inputs["reference"] = evaluation_reference(pipeline)
+    inputs |= evaluation_references(pipeline)
     if section.perceptual_distance == "lpips":
         backbone = evaluation_lpips(section)
         weights[backbone.name] = digest_file(backbone)
@@ -198,8 +198,7 @@ def _evaluate(pipeline: Pipeline) -> Task:
     def run(job: Job) -> Result:
         from rae.stages import evaluate
 
-        decoder, samples, reference = inputs["decoder"], inputs.get("samples"), inputs.get("reference")
-        return evaluate.run(section, source, held_out, encoder_source, decoder, samples, reference, job)
+        return evaluate.run(section, source, held_out, encoder_source, inputs, job)
 
     return Task(STAGES["evaluate"], recipe, inputs | pipeline.shards, run)
 
@@ -209,16 +208,35 @@ def evaluation_lpips(section: EvaluateSection) -> Path:
     return locate_lpips(section.lpips_weights, "evaluate.perceptual_distance")
 
 
-def evaluation_reference(pipeline: Pipeline) -> Artifact:
-    """The reference that `evaluate` names; `StaleInput` if it is another than the section asks for."""
+def takes_features(pipeline: Pipeline) -> bool:
+    """Whether anything is scored by an extractor."""
     section = pipeline.section("evaluate", EvaluateSection)
-    assert section.reference is not None
-    found = pipeline.workspace.resolve(section.reference, "reference")
+    return pipeline.config.sample is not None or section.reconstruction_distance
+
+
+def evaluation_references(pipeline: Pipeline) -> dict[str, Artifact]:
+    """The references that `evaluate` names, by their keys; `StaleInput` for another than the section asks for.
+
+    Of which images one for reconstructions must be is left to the stage, which warns. `ConfigError` for a reference of
+    samples where none are drawn.
+    """
+    section = pipeline.section("evaluate", EvaluateSection)
+    if section.reference is not None and pipeline.config.sample is None:
+        raise ConfigError(
+            f"`evaluate.reference` is what samples are scored against, and `{pipeline.config.name}` draws none: for"
+            " reconstructions it is `evaluate.reconstruction_reference`"
+        )
+    if section.reference is None and section.reconstruction_reference is None:
+        return {}
     extractor: Json = {"name": section.extractor, "digest": extractor_files(section).digest}
     if section.extractor_input_size is not None:
         extractor["input_size"] = section.extractor_input_size
-    encode = pipeline.config.encode
-    check_reference(found, extractor, section.reference_split, encode.image_size if encode is not None else None)
+    size = pipeline.config.encode.image_size if pipeline.config.encode is not None else None
+    found = {}
+    for key, split in (("reference", section.reference_split), ("reconstruction_reference", None)):
+        if (ref := getattr(section, key)) is not None:
+            found[key] = pipeline.workspace.resolve(ref, "reference")
+            check_reference(found[key], extractor, split, size)
     return found
 
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -14,11 +15,11 @@ from rae.stages.models.perceptual import EncoderDistance, LpipsDistance, build_p
 from rae.stages.models.pixels import to_uint8, to_unit
 from rae.stages.models.trained import Autoencoder, Decoder, check_compatible
 from rae.stages.models.weights import EncoderSource
-from rae.stages.scoring.extractor_files import ExtractorFiles, locate_extractor
+from rae.stages.scoring.extractor_files import locate_extractor
 from rae.stages.scoring.extractors import Extractor
 from rae.stages.scoring.image_sets import ImageSet, SampleImages, SourceImages
 from rae.stages.scoring.load_extractor import load_extractor
-from rae.stages.scoring.reconstruction import ReconstructionScores
+from rae.stages.scoring.reconstruction import ReconstructionDistance, ReconstructionScores
 from rae.stages.scoring.reference_files import check_reference, read_description
 from rae.stages.scoring.references import Reference
 from rae.stages.scoring.scores import FEATURES, GenerationScores
@@ -26,9 +27,11 @@ from rae.stages.scoring.self_test import self_test
 from rae.stages.sections import EvaluateSection
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
-from rae.store.errors import CorruptData
+from rae.store.errors import CorruptData, StaleInput
 from rae.store.manifest import Artifact, Json, Manifest, canonical
 from rae.store.shards import Source
+
+logger = logging.getLogger("rae.evaluate")
 
 RECONSTRUCTIONS, BY_LATENT_NOISE = "reconstructions.npz", "latent_noise.npz"  # what the report shows
 _SHOWN, _SHOWN_BY_LEVEL = 16, 6
@@ -39,37 +42,34 @@ def run(
     train: Source,
     held_out: Source,
     encoder_source: EncoderSource,
-    decoder: Artifact,
-    samples: Artifact | None,
-    reference: Artifact | None,
+    inputs: Mapping[str, Artifact],
     job: Job,
 ) -> Result:
-    """Score the decoder on held-out images, and the samples, if there are any, against these or a `reference`.
+    """Score the decoder on held-out images, and the samples, if there are any, against these or a reference.
 
-    Every rank takes its share of the features; the first does the rest. Images are read as they are needed.
+    `inputs` are `decoder` and, where there are such, `samples`, `reference` and `reconstruction_reference`. Every rank
+    takes its share of the features; the first does the rest. Images are read as they are needed.
     """
     ranks = Ranks.from_environment()
-    decoding = Decoder.load(decoder.payload, device=job.device)
+    decoding = Decoder.load(inputs["decoder"].payload, device=job.device)
     known = decoding.encoder
     encoder = load_encoder(encoder_source, known["input_size"], known["feature_index"], job.device)
     check_compatible(describe(encoder), known, "this encoder")
-    val = SourceImages(held_out, decoding.image_size)
-    generation, provenance = None, dict[str, Json]()
-    if samples is not None:
-        extractor = _extractor(section, job)
-        if ranks.is_main:
-            provenance["self_test"] = self_test(extractor, _extractor_files(section)).to_json()
-        against = None
-        if reference is not None:
-            check_reference(reference, extractor.protocol(), section.reference_split, decoding.image_size)
-            against = Reference.load(reference)
+    val, samples = SourceImages(held_out, decoding.image_size), inputs.get("samples")
+    extractor, provenance = None, dict[str, Json]()
+    if samples is not None or section.reconstruction_distance:
+        extractor, provenance = _tested_extractor(section, job, ranks)
+    against = _references(section, inputs, extractor, decoding.image_size)
+    generation = None
+    if samples is not None and extractor is not None:
         sets = SampleImages(samples.payload, samples.manifest.content), SourceImages(train, decoding.image_size), val
-        generation = GenerationScores(*sets, extractor, section, job, ranks, against)
+        generation = GenerationScores(*sets, extractor, section, job, ranks, against.get("reference"))
     if not ranks.is_main:
         return NOTHING
     distance = build_perceptual(section.perceptual_distance, encoder, section.lpips_weights)
     distance = distance.to(job.device) if distance is not None else None
-    by_level, scored = _score_reconstructions(section, Autoencoder(encoder, decoding), distance, val, job)
+    frechet = _reconstruction_distance(section, extractor, against.get("reconstruction_reference"))
+    by_level, scored = _score_reconstructions(section, Autoencoder(encoder, decoding), distance, frechet, val, job)
     scores: Json = {"reconstruction": by_level[0.0]}
     metrics = {f"reconstruction_{name}": value for name, value in by_level[0.0].items()}
     tried = min(section.reconstructions, len(val.labels))
@@ -95,7 +95,11 @@ def run(
         scores["generation"] = generation.rows()
         metrics |= scores["generation"]["samples"]
         protocol |= generation.protocol()
-        protocol |= {"reference": _reference_card(reference, section), "sample": drawn_with(samples.manifest)}
+        protocol |= {"reference": _card(inputs.get("reference")), "sample": drawn_with(samples.manifest)}
+    elif extractor is not None:
+        protocol["extractor"] = extractor.protocol()
+    if section.reconstruction_distance:
+        protocol["reconstruction_reference"] = _card(inputs.get("reconstruction_reference"))
     scores["protocol"] = protocol
     path = job.folder / "scores.json"
     path.write_text(json.dumps(scores, indent=1, sort_keys=True, allow_nan=False))
@@ -105,19 +109,52 @@ def run(
     return Result(content, metrics, (path, *(job.folder / name for name in pictures)), provenance)
 
 
-def _extractor(section: EvaluateSection, job: Job) -> Extractor:
-    weights, sha256 = section.extractor_weights, section.extractor_sha256
-    return load_extractor(section.extractor, weights, section.extractor_input_size, job.device, sha256)
+def _tested_extractor(section: EvaluateSection, job: Job, ranks: Ranks) -> tuple[Extractor, Json]:
+    """The extractor, and on the first rank what its self-test found, for the provenance."""
+    name, weights, sha256 = section.extractor, section.extractor_weights, section.extractor_sha256
+    extractor = load_extractor(name, weights, section.extractor_input_size, job.device, sha256)
+    if not ranks.is_main:
+        return extractor, {}
+    return extractor, {"self_test": self_test(extractor, locate_extractor(name, weights, sha256)).to_json()}
 
 
-def _extractor_files(section: EvaluateSection) -> ExtractorFiles:
-    return locate_extractor(section.extractor, section.extractor_weights, section.extractor_sha256)
+def _reconstruction_distance(
+    section: EvaluateSection, extractor: Extractor | None, reference: Reference | None
+) -> ReconstructionDistance | None:
+    if not section.reconstruction_distance or extractor is None:
+        return None
+    return ReconstructionDistance(extractor, reference.moments if reference is not None else None)
 
 
-def _reference_card(reference: Artifact | None, section: EvaluateSection) -> Json:
-    """What samples were scored against, for the protocol; the held-out images stand in it by their digest anyway."""
+def _references(
+    section: EvaluateSection, inputs: Mapping[str, Artifact], extractor: Extractor | None, image_size: int
+) -> dict[str, Reference]:
+    """The references by their keys; `StaleInput` for one that this extractor did not take, or of another split."""
+    found = {}
+    for key, split in (("reference", section.reference_split), ("reconstruction_reference", None)):
+        artifact = inputs.get(key)
+        if artifact is None or extractor is None:
+            continue
+        check_reference(artifact, extractor.protocol(), split, image_size)
+        found[key] = Reference.load(artifact)
+        if found[key].moments.dim != extractor.dim:
+            raise StaleInput(
+                f"the reference `{artifact.manifest.name}` has {found[key].moments.dim} features an image, and"
+                f" `{extractor.name}` makes {extractor.dim}"
+            )
+        if key == "reconstruction_reference" and found[key].about.split == "train":
+            logger.warning(
+                "reconstructions are scored against `%s`, which is of training images, for generation: reconstructions"
+                " are of held-out images, whose reference `rae evaluate CONFIG --make-reference val` makes",
+                artifact.manifest.name,
+            )
+    return found
+
+
+def _card(reference: Artifact | None) -> Json:
+    """What scores were taken against, for the protocol; held-out images stand in it by their digest anyway."""
     if reference is None:
-        return {"images": "held out", "split": section.reference_split}
+        return {"images": "held out", "split": "val"}
     about = read_description(reference.payload)
     return {
         "digest": reference.manifest.content,
@@ -129,16 +166,21 @@ def _reference_card(reference: Artifact | None, section: EvaluateSection) -> Jso
 
 
 def drawn_with(samples: Manifest) -> Json:
-    """The settings that samples were drawn with, the transformer's shift, and the id of what guided it, if it did."""
+    """The settings that samples were drawn with, the transformer's shift, and the id of what guided it, if it did.
+
+    Without the batch size, of which an image does not depend.
+    """
     guide = samples.inputs.get("guide")
+    settings = {key: value for key, value in samples.config["sample"].items() if key != "batch_size"}
     shift = {"time_dist_shift": samples.metrics["time_dist_shift"]}
-    return {**samples.config["sample"], **shift, **({"guide": guide["id"]} if guide else {})}
+    return {**settings, **shift, **({"guide": guide["id"]} if guide else {})}
 
 
 def _score_reconstructions(
     section: EvaluateSection,
     autoencoder: Autoencoder,
     distance: LpipsDistance | EncoderDistance | None,
+    frechet: ReconstructionDistance | None,
     images: ImageSet,
     job: Job,
 ) -> tuple[dict[float, dict[str, float]], int]:
@@ -162,6 +204,8 @@ def _score_reconstructions(
             continue
         for level, made in _reconstructed(autoencoder, batch, rows, list(scores), section.seed):
             scores[level].add(batch, made)
+            if frechet is not None and level == 0:
+                frechet.add(batch, made)
             pictures[level].append(made[np.isin(rows, shown)])
         job.progress(first + len(usable), count, "reconstructions")
         job.check_stop()
@@ -172,9 +216,12 @@ def _score_reconstructions(
     np.savez(job.folder / RECONSTRUCTIONS, originals=seen, reconstructions=kept[0.0])
     if section.latent_noise:
         few = _spread(len(seen), _SHOWN_BY_LEVEL)
-        by_level = np.stack([kept[level][few] for level in section.latent_noise])
-        np.savez(job.folder / BY_LATENT_NOISE, originals=seen[few], reconstructions=by_level)
-    return {level: one.means() for level, one in scores.items()}, scored
+        rows_by_level = np.stack([kept[level][few] for level in section.latent_noise])
+        np.savez(job.folder / BY_LATENT_NOISE, originals=seen[few], reconstructions=rows_by_level)
+    by_level = {level: one.means() for level, one in scores.items()}
+    if frechet is not None:
+        by_level[0.0]["frechet_distance"] = frechet.value()
+    return by_level, scored
 
 
 def _spread(count: int, shown: int) -> np.ndarray:

@@ -207,7 +207,9 @@ class EvaluateSection(Section):
 
     Samples are scored against the held-out images, or against `reference`, a REF to what `rae evaluate
     --make-reference` or `rae import adm-npz` made. `reference_split` says whether that must be of the images that
-    generators learn from, as published scores of generation are, or of held-out ones.
+    generators learn from, as published scores of generation are, or of held-out ones. `reconstruction_distance` takes
+    the Fréchet distance of reconstructions, too (with Inception rFID): to their originals, or, to save these features,
+    to `reconstruction_reference`.
     """
 
     extractor: str = "efficientnet-lite0"
@@ -216,6 +218,8 @@ class EvaluateSection(Section):
     extractor_input_size: Positive | None = None
     reference: Location = None
     reference_split: Literal["train", "val"] = "val"
+    reconstruction_distance: bool = False
+    reconstruction_reference: Location = None
     classifier: Literal["pixels", "features", "none"] = "features"
     transfer_images: Positive = 500
     nearest_k: Positive = 3
@@ -234,6 +238,12 @@ class EvaluateSection(Section):
             raise ValueError(
                 "`reference_split: train` needs a `reference`, which `rae evaluate CONFIG --make-reference train` makes"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_reference_has_a_distance(self) -> Self:
+        if self.reconstruction_reference is not None and not self.reconstruction_distance:
+            raise ValueError("`reconstruction_reference` is what `reconstruction_distance: true` is taken to")
         return self
 
     @model_validator(mode="after")

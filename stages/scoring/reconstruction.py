@@ -1,4 +1,7 @@
-"""How close a reconstruction is to its original: PSNR, SSIM, perceptual distance. Images are uint8 [N, H, W, 3]."""
+"""How close reconstructions are to originals: PSNR, SSIM, perceptual and Fréchet distance.
+
+Images are uint8 [N, H, W, 3].
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,6 +13,8 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from rae.stages.models.pixels import to_unit
+from rae.stages.scoring.extractors import BLOCK_SIZE, Extractor
+from rae.stages.scoring.frechet import Moments, frechet_distance
 from rae.store.errors import ConfigError, StaleInput
 
 MAX_PSNR_DB = 100.0
@@ -42,6 +47,50 @@ class ReconstructionScores:
     def means(self) -> dict[str, float]:
         """`psnr_db`, `ssim` and, where there is a distance, `perceptual_distance`."""
         return {name: value / self._count for name, value in self._sums.items()}
+
+
+class ReconstructionDistance:
+    """The Fréchet distance of reconstructions, with Inception rFID, to their originals or to `against`.
+
+    Images come batch by batch; features are taken in the extractor's own blocks, whatever the batches.
+    """
+
+    def __init__(self, extractor: Extractor, against: Moments | None) -> None:
+        self._against = against
+        self._made, self._originals = _BlockMoments(extractor), _BlockMoments(extractor)
+
+    def add(self, originals: NDArray[np.uint8], reconstructions: NDArray[np.uint8]) -> None:
+        """Take in a batch."""
+        self._made.add(reconstructions)
+        if self._against is None:
+            self._originals.add(originals)
+
+    def value(self) -> float:
+        """The distance of all that came. Raises as `frechet_distance` does."""
+        against = self._originals.finished() if self._against is None else self._against
+        return frechet_distance(against, self._made.finished())
+
+
+class _BlockMoments:
+    """Moments of features of images that wait until they fill a block."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        self._extractor, self._moments = extractor, Moments(extractor.dim)
+        self._waiting: list[NDArray[np.uint8]] = []
+
+    def add(self, images: NDArray[np.uint8]) -> None:
+        self._waiting.extend(images)
+        while len(self._waiting) >= BLOCK_SIZE:
+            self._take(BLOCK_SIZE)
+
+    def finished(self) -> Moments:
+        if self._waiting:
+            self._take(len(self._waiting))
+        return self._moments
+
+    def _take(self, count: int) -> None:
+        self._moments.update(self._extractor.block(np.stack(self._waiting[:count])))
+        del self._waiting[:count]
 
 
 def psnr_db(reference: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> float:

@@ -34,15 +34,17 @@ class ReferenceDescription:
     images_digest: str
     asserted: bool = False
 
-    def differences(self, extractor: Json, split: Split, image_size: int | None) -> list[str]:
+    def differences(self, extractor: Json, split: Split | None, image_size: int | None) -> list[str]:
         """The fields in which scores ask for another reference.
 
-        What is not asked for (`image_size` None, a field that `extractor` lacks) makes no difference, nor does what an
+        What is not asked for (None, a field that `extractor` lacks) makes no difference, nor does what an
         asserted reference leaves unsaid.
         """
         known = set(extractor) & set(self.extractor) if self.asserted else set(extractor)
-        asked: Json = {"split": split, "extractor": {key: extractor[key] for key in known}}
-        found: Json = {"split": self.split, "extractor": {key: self.extractor.get(key) for key in known}}
+        asked: Json = {"extractor": {key: extractor[key] for key in known}}
+        found: Json = {"extractor": {key: self.extractor.get(key) for key in known}}
+        if split is not None:
+            asked["split"], found["split"] = split, self.split
         if image_size is not None and (self.image_size is not None or not self.asserted):
             asked["image_size"], found["image_size"] = image_size, self.image_size
         return list(differing_fields(asked, found))
@@ -57,7 +59,7 @@ def read_description(payload: Path) -> ReferenceDescription:
         raise CorruptData(f"{path} does not describe a reference ({error})") from error
 
 
-def check_reference(artifact: Artifact, extractor: Json, split: Split, image_size: int | None) -> None:
+def check_reference(artifact: Artifact, extractor: Json, split: Split | None, image_size: int | None) -> None:
     """Refuse a reference that is not what scores are to be taken against; StaleInput names the fields."""
     if fields := "; ".join(read_description(artifact.payload).differences(extractor, split, image_size)):
         raise StaleInput(

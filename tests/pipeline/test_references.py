@@ -136,3 +136,32 @@ def test_a_damaged_reference_is_named(known: Rae, tmp_path: Path) -> None:
     with pytest.raises(CorruptData, match="does not describe a reference"):
         Reference.load(artifact)
     rae("verify", "reference/tiny-val", "-w", rae.workspace).refused(5, "2 problem(s)")
+
+
+def test_reconstructions_against_the_reference_of_generation_are_warned_about_by_name(
+    known: Rae,
+) -> None:
+    def reconstructions(*overrides: str) -> tuple[float, Any, str]:
+        words = ("reconstructions=20", "reconstruction_distance=true", *overrides)
+        made = known.verb("evaluate", "--json", *(word for one in words for word in ("-s", f"evaluate.{one}")))
+        (path,) = Path(made.succeeded().json["path"]).rglob("scores.json")
+        found = json.loads(path.read_text())
+        return found["reconstruction"]["frechet_distance"], found["protocol"]["reconstruction_reference"], made.err
+
+    to_originals, card, said = reconstructions()
+    assert card == {"images": "held out", "split": "val"}
+    assert "tiny-" not in said
+    to_held_out, card, said = reconstructions("reconstruction_reference=tiny-val")
+    assert to_held_out == pytest.approx(to_originals, rel=1e-6)
+    assert card["split"] == "val"
+    assert "are scored against" not in said
+    to_training, card, said = reconstructions("reconstruction_reference=tiny-train")
+    assert to_training != pytest.approx(to_originals, rel=0.01)
+    assert card["split"] == "train"
+    assert "reconstructions are scored against `tiny-train`, which is of training images, for generation" in said
+    known.verb("evaluate", "-s", "evaluate.reconstruction_reference=tiny-val").refused(
+        2, "reconstruction_distance: true"
+    )
+    known.verb("evaluate", "-s", "sample=null", "-s", "evaluate.reference=tiny-val").refused(
+        2, "`evaluate.reference` is what samples are scored against, and `tiny` draws none"
+    )

@@ -15,7 +15,7 @@ from tests.conftest import TINY, Rae
 
 def test_the_protocol_of_samples_names_their_guide_and_the_shift_of_their_times() -> None:
     dit, guide = ({"kind": "dit", "id": digit * 16, "content": ""} for digit in "12")
-    settings, metrics = {"sample": {"guidance_scale": 1.5}}, {"images": 4, "time_dist_shift": 6.93}
+    settings, metrics = {"sample": {"guidance_scale": 1.5, "batch_size": 64}}, {"images": 4, "time_dist_shift": 6.93}
     plain = Manifest("samples", "x", {}, "", {"dit": dit}, settings, [], metrics)
     assert drawn_with(plain) == {"guidance_scale": 1.5, "time_dist_shift": 6.93}
     guided = dataclasses.replace(plain, inputs={"dit": dit, "guide": guide})
