@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rae.pipeline import longer_runs
 from rae.pipeline.plan import Pipeline
-from rae.pipeline.tasks import evaluation_reference
+from rae.pipeline.tasks import evaluation_references
 from rae.stages.job import Job
 from rae.stages.sections import EvaluateSection, SampleSection
 from rae.stages.training.sections import TrainDitSection
@@ -38,9 +38,11 @@ def online_evaluation(pipeline: Pipeline) -> "Evaluation | None":
         )
     decoder, source, held_out = pipeline.decoder(), pipeline.train, pipeline.held_out
     guide = pipeline.workspace.resolve(drawing.guide, "dit") if drawing.guide is not None else None
-    reference = evaluation_reference(pipeline) if scoring.reference is not None else None
+    given = {"decoder": decoder, **evaluation_references(pipeline)}
     # The decoder's own scores do not change while the transformer trains.
-    scoring = scoring.model_copy(update={"reconstructions": 1, "latent_noise": (), "perceptual_distance": "none"})
+    given.pop("reconstruction_reference", None)
+    without: dict[str, object] = {"latent_noise": (), "perceptual_distance": "none", "reconstruction_distance": False}
+    scoring = scoring.model_copy(update={"reconstructions": 1, **without})
 
     def score(dit: Path, weights: Literal["ema", "model"], job: Job) -> Mapping[str, float]:
         from rae.stages import evaluate, sample
@@ -57,7 +59,7 @@ def online_evaluation(pipeline: Pipeline) -> "Evaluation | None":
             "samples", "online", {}, made.content, inputs, {"sample": settings.in_recipe()}, [], made.metrics
         )
         samples = Artifact(drawn.folder, manifest)
-        result = evaluate.run(scoring, source, held_out, pipeline.encoder_source, decoder, samples, reference, scored)
+        result = evaluate.run(scoring, source, held_out, pipeline.encoder_source, {**given, "samples": samples}, scored)
         return {name: value for name, value in result.metrics.items() if not name.startswith("reconstruction_")}
 
     return Evaluation(section.evaluate_every, score, section.keep_best is not None)
