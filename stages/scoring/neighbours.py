@@ -19,47 +19,63 @@ class Prdc(NamedTuple):
     coverage: float
 
 
-def prdc(real: FeatureRows | NDArray[Any], generated: FeatureRows | NDArray[Any], k: int = 3) -> Prdc:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv:1904.06991, equations 1 and 2), density and
-    coverage (Naeem et al. 2020, arXiv:2002.09797, equations 4 and 6) of `generated` [M, D] against `real` [N, D].
+class Manifold:
+    """The balls around real images' features [N, D], each reaching to the `k`-th nearest other image.
 
-    A set's manifold is the union of balls around its points, each reaching to the point's `k`-th nearest neighbour
-    within the set. Precision is the share of generated images inside the manifold of the real ones (do the images look
-    real), recall the share of real ones inside that of the generated (is every kind of real image made). Density
-    counts the real balls around each generated image, divided by `k`; coverage is the share of real balls that hold a
-    generated image. Outliers among the real images sway these two less.
-
-    Raises ConfigError unless both sets have more than `k` images, StaleInput if their dimensions differ, CorruptData
-    for features that are not finite.
+    They are found once, whatever is then judged by them. Raises ConfigError unless there are more than `k` images,
+    CorruptData for features that are not finite.
     """
-    reals, fakes = as_rows(real), as_rows(generated)
-    if reals.dim != fakes.dim:
-        raise StaleInput(f"Features of {reals.dim} and of {fakes.dim} dimensions cannot be compared.")
-    if min(len(reals), len(fakes)) <= k:
+
+    def __init__(self, real: FeatureRows | NDArray[Any], k: int = 3) -> None:
+        self._real, self._k = as_rows(real), k
+        _check_count(self._real, k, "real")
+        check_finite(self._real)
+        # Distances do not change with the origin; near the data, their float64 expansion cancels least.
+        total = sum((chunk.sum(axis=0, dtype=np.float64) for chunk in self._real), np.zeros(self._real.dim))
+        self._origin = total / len(self._real)
+        self._radii = _radii(self._real, self._origin, k)
+
+    def judge(self, generated: FeatureRows | NDArray[Any]) -> Prdc:
+        """Improved precision and recall, density and coverage of `generated` [M, D].
+
+        Precision is the share of generated images inside the real balls (do the images look real), recall the share of
+        real ones inside those of the generated (is every kind of real image made): Kynkäänniemi et al. 2019,
+        arXiv:1904.06991, equations 1 and 2. Density counts the real balls around each generated image, divided by `k`;
+        coverage is the share of real balls that hold a generated image: Naeem et al. 2020, arXiv:2002.09797, equations
+        4 and 6. Outliers sway these two less.
+
+        Raises ConfigError unless there are more than `k` images, StaleInput if the dimensions differ, CorruptData for
+        features that are not finite.
+        """
+        fakes = as_rows(generated)
+        if self._real.dim != fakes.dim:
+            raise StaleInput(f"Features of {self._real.dim} and of {fakes.dim} dimensions cannot be compared.")
+        _check_count(fakes, self._k, "generated")
+        check_finite(fakes)
+        fake_radii = _radii(fakes, self._origin, self._k)
+        balls = np.zeros(len(fakes), np.int64)  # of real images, around each generated one
+        recalled, covered = np.zeros(len(self._real), np.bool_), np.zeros(len(self._real), np.bool_)
+        for these, fake in _located(fakes, self._origin):
+            for those, real in _located(self._real, self._origin):
+                squared = _squared_distances(fake, real)
+                in_real_balls = squared <= self._radii[those]
+                balls[these] += in_real_balls.sum(axis=1)
+                covered[those] |= in_real_balls.any(axis=0)
+                recalled[those] |= (squared <= fake_radii[these, None]).any(axis=0)
+        return Prdc(
+            precision=float((balls > 0).mean()),
+            recall=float(recalled.mean()),
+            density=float(balls.mean()) / self._k,
+            coverage=float(covered.mean()),
+        )
+
+
+def _check_count(features: FeatureRows, k: int, what: str) -> None:
+    if len(features) <= k:
         raise ConfigError(
             f"Precision and recall with the {k} nearest neighbours need at least {k + 1} images in each set,"
-            f" got {len(reals)} real and {len(fakes)} generated."
+            f" got {len(features)} {what} ones."
         )
-    check_finite(reals)
-    check_finite(fakes)
-    # Distances do not change with the origin; near the data, their float64 expansion cancels least.
-    origin = sum((chunk.sum(axis=0, dtype=np.float64) for chunk in reals), np.zeros(reals.dim)) / len(reals)
-    real_radii, fake_radii = _radii(reals, origin, k), _radii(fakes, origin, k)
-    balls = np.zeros(len(fakes), np.int64)  # of real images, around each generated one
-    recalled, covered = np.zeros(len(reals), np.bool_), np.zeros(len(reals), np.bool_)
-    for these, fake in _located(fakes, origin):
-        for those, those_features in _located(reals, origin):
-            squared = _squared_distances(fake, those_features)
-            in_real_balls = squared <= real_radii[those]
-            balls[these] += in_real_balls.sum(axis=1)
-            covered[those] |= in_real_balls.any(axis=0)
-            recalled[those] |= (squared <= fake_radii[these, None]).any(axis=0)
-    return Prdc(
-        precision=float((balls > 0).mean()),
-        recall=float(recalled.mean()),
-        density=float(balls.mean()) / k,
-        coverage=float(covered.mean()),
-    )
 
 
 def _radii(manifold: FeatureRows, origin: NDArray[np.float64], k: int) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from rae.stages.scoring.feature_rows import FeatureRows, Gathered
 from rae.stages.scoring.features import Features, extract
 from rae.stages.scoring.frechet import Moments, frechet_distance
 from rae.stages.scoring.image_sets import ImageSet, Rows, usable_blocks
-from rae.stages.scoring.neighbours import prdc
+from rae.stages.scoring.neighbours import Manifold
 from rae.stages.scoring.references import Reference
 from rae.stages.sections import EvaluateSection
 from rae.stages.training.ranks import Ranks
@@ -120,21 +120,19 @@ class GenerationScores:
         }
         scores: dict[str, dict[str, float]] = {row: {} for row in rows}
         if train is not None and held_out is not None:
-            for row, metric, value in self._class_scores(rows, train, held_out):
-                scores[row][metric] = value
+            for name, metric, value in self._class_scores(rows, train, held_out):
+                scores[name][metric] = value
         moments = Moments.of(self.held_out) if self._reference is None else self._reference.moments
-        for row, made in rows.items():
-            scores[row] |= self._feature_scores(made.features, moments)
-        return scores
-
-    def _feature_scores(self, made: FeatureRows, moments: Moments) -> dict[str, float]:
         real = self.held_out if self._reference is None else self._reference.features
-        scores = prdc(real, made, self._config.nearest_k)._asdict() if real is not None else {}
-        scores["frechet_distance"] = frechet_distance(moments, made)
-        if self._config.kid_subset_size is not None and real is not None:
-            scores["kernel_distance"] = kernel_distance(made, real, self._config.kid_subset_size)[0]
-        if self._extractor.head is not None:
-            scores["inception_score"] = inception_score(made, self._extractor.head)[0]
+        manifold = Manifold(real, self._config.nearest_k) if real is not None else None
+        for name, row in rows.items():
+            if manifold is not None:
+                scores[name] |= manifold.judge(row.features)._asdict()
+            scores[name]["frechet_distance"] = frechet_distance(moments, row.features)
+            if self._config.kid_subset_size is not None and real is not None:
+                scores[name]["kernel_distance"] = kernel_distance(row.features, real, self._config.kid_subset_size)[0]
+            if self._extractor.head is not None:
+                scores[name]["inception_score"] = inception_score(row.features, self._extractor.head)[0]
         return scores
 
     def protocol(self) -> Json:

@@ -52,3 +52,17 @@ def test_two_processes_run_the_whole_pipeline(finished: Rae, tmp_path: Path) -> 
     batches = list(read_batches(workspace.resolve("samples/tiny").payload))
     assert [label for batch in batches for label in batch.labels] == labels
     np.testing.assert_array_equal(np.concatenate([batch.images for batch in batches]), alone)
+
+
+def test_two_processes_take_the_scores_of_one(finished: Rae, tmp_path: Path) -> None:
+    other = finished.copy(tmp_path / "two", "shards", "latents", "decoder", "dit", "samples")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "rae.pipeline.cli", "evaluate", str(other.config), "-w", str(other.workspace)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (manifests(rae.workspace)["scores"] for rae in (finished, other))
+    assert two["id"] == one["id"]
+    for name in ("frechet_distance", "precision", "recall", "density", "coverage", "transfer_accuracy"):
+        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6), name
+    assert not list(other.workspace.rglob("features")), "features are gone once the scores are there"
