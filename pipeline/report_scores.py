@@ -105,6 +105,20 @@ METRICS = (
         " with the number of pictures and depends on the extractor: the row `real` is what can be hoped for here, and"
         " the value is no FID of any paper.",
     ),
+    Metric(
+        "kernel_distance",
+        False,
+        ".4g",
+        "squared distance between the kernel means of the row's features and of the reference's (KID), over random"
+        " subsets. It does not fall with the number of pictures, and may be slightly negative.",
+    ),
+    Metric(
+        "inception_score",
+        True,
+        ".4g",
+        "how sure Inception is of each picture's ImageNet class, and how many classes it sees: from 1 up. It knows"
+        " nothing of the reference.",
+    ),
 )
 ROWS = (
     Row("samples", "the transformer's samples, decoded"),
@@ -157,7 +171,9 @@ def cell(scores: Scores, row: Row, metric: Metric) -> Cell | None:
     if value is None:
         return None
     column = [one[metric.name] for one in scores.generation.values() if metric.name in one]
-    full = 1.0 if metric.higher_is_better else max(column)
+    full = (
+        max(column) if not metric.higher_is_better else max(1.0, *column) if metric.name == "inception_score" else 1.0
+    )
     return Cell(format(value, metric.digits), round(100 * min(max(value / full, 0.0), 1.0), 1) if full else 0.0)
 
 

@@ -196,7 +196,12 @@ class SampleSection(Section):
 
 
 class EvaluateSection(Section):
-    """Which scores are taken, with which extractor, against the held-out images.
+    """Which scores are taken, with which extractor, against the held-out images (docs/evaluate.md).
+
+    `extractor` is `efficientnet-lite0` (weights of its package), `inception`, `dinov2-dgm-eval`, `dinov2-edm2`,
+    `timm:NAME` or `torchscript`; `extractor_weights` names its file or folder, `extractor_sha256` what its digest must
+    begin with. `kid_subset_size` asks for the kernel distance; without `baselines` there are no rows made from means
+    and Gaussians of the training images.
 
     `classifier` judges class agreement: `pixels` is an SVC on 8x8 area-downsampled grey pixels (for digits),
     `features` a logistic regression on the extractor's features.

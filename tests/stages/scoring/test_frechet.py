@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
+from torch_fidelity.metric_fid import fid_statistics_to_metric
+from torchmetrics.image.fid import _compute_fid
 
+from rae.stages.scoring import frechet
 from rae.stages.scoring.frechet import Moments, frechet_distance
 from rae.store.errors import ConfigError, CorruptData, StaleInput
 
@@ -59,6 +63,42 @@ def test_low_rank_covariances_agree_with_the_kernel_form() -> None:
     spread = np.square(centred_a).sum() / 29 + np.square(centred_b).sum() / 39
     shift = np.square(a.mean(axis=0, dtype=np.float64) - b.mean(axis=0, dtype=np.float64)).sum()
     assert frechet_distance(a, b) == pytest.approx(shift + spread - 2 * overlap, rel=1e-9)
+
+
+@pytest.mark.parametrize("dim", [48, 160])
+def test_the_quick_way_is_taken_and_agrees_with_both_libraries(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(dim)
+    scales = np.exp(-np.linspace(0, 3, dim))
+    a = rng.standard_normal((3 * dim, dim)) * scales
+    b = rng.standard_normal((4 * dim, dim)) * scales[::-1] @ np.linalg.qr(rng.standard_normal((dim, dim)))[0] + 1
+    first, second = Moments.of(a), Moments.of(b)
+    theirs = fid_statistics_to_metric(
+        {"mu": first.mean, "sigma": first.cov}, {"mu": second.mean, "sigma": second.cov}, verbose=False
+    )["frechet_inception_distance"]
+    tensors = [torch.from_numpy(array) for one in (first, second) for array in (one.mean, one.cov)]
+    slowly = patched_away(monkeypatch, first, second)
+    monkeypatch.setattr(np.linalg, "svd", None)
+    quickly = frechet_distance(first, second)
+    assert quickly == pytest.approx(slowly, rel=1e-7)
+    assert quickly == pytest.approx(theirs, rel=1e-6)
+    assert quickly == pytest.approx(float(_compute_fid(*tensors)), rel=1e-6)
+
+
+def patched_away(monkeypatch: pytest.MonkeyPatch, a: Moments, b: Moments) -> float:
+    """The distance by singular values alone."""
+    with monkeypatch.context() as patch:
+        patch.setattr(frechet, "_QUICK_ERROR", -1.0)
+        return frechet_distance(a, b)
+
+
+def test_nearly_singular_covariances_are_not_left_to_the_quick_way() -> None:
+    """Many images, but half of the directions are rounding noise: the square root of an eigenvalue's error is large."""
+    rng = np.random.default_rng(9)
+    basis = np.linalg.qr(rng.standard_normal((60, 60)))[0]
+    scales = np.concatenate([np.ones(30), np.full(30, 1e-9)])
+    a, b = (rng.standard_normal((200, 60)) * scales @ basis.T for _ in range(2))
+    low = [(x @ basis)[:, :30] for x in (a, b)]
+    assert frechet_distance(a, b) == pytest.approx(through_sqrtm(*low), rel=1e-7)
 
 
 def test_a_set_is_at_distance_zero_from_itself_even_when_rank_is_short() -> None:
