@@ -61,9 +61,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of NAME.safetensors, or of the shards in the folder NAME; `CorruptData` if they can't be read."""
     shards = path.with_suffix("")
     try:
-        return _read_shards(shards) if shards.is_dir() and not path.exists() else load_file(path)
+        return _read_shards(shards) if shards.is_dir() else load_file(path)
     except (OSError, SafetensorError) as error:
         raise CorruptData(f"{path} is not a readable safetensors file ({error})") from error
+
+
+def is_saved(path: Path) -> bool:
+    """Whether `read_tensors` finds something there."""
+    return path.exists() or path.with_suffix("").is_dir()
 
 
 def save_shards(folder: Path, state: Mapping[str, Tensor]) -> None:

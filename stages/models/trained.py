@@ -21,7 +21,7 @@ from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.encoders import Encoder
 from rae.stages.models.payload import Payload
 from rae.stages.models.power_ema import reconstruct
-from rae.stages.models.saving import check_weights, digest_weights, load_weights, read_tensors, read_weights
+from rae.stages.models.saving import check_weights, digest_weights, is_saved, load_weights, read_tensors, read_weights
 from rae.stages.models.transport import Transport, create_transport, named
 from rae.store.errors import CorruptData, MissingInput, StaleInput
 from rae.store.manifest import Json, differing_fields
@@ -238,7 +238,7 @@ def load_weights_of(folder: Path, weights: Weights) -> dict[str, Tensor]:
 def _weights_file(folder: Path, weights: Weights) -> Path:
     named("weights", weights, get_args(Weights))
     path = folder / f"{weights}.safetensors"
-    if weights == "model" and not path.exists():
+    if weights == "model" and not is_saved(path):
         raise MissingInput(f"{folder} was imported with one set of weights: ask for `ema` instead of `model`")
     return path
 

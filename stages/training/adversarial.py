@@ -113,19 +113,19 @@ class AdversarialLearner(Trainee[S]):
     ) -> dict[str, float | Tensor]:
         """The generator's weight is the whole batch's, so every part is judged before any goes backwards.
 
-        The one part of a batch keeps its graph for that; several make their images again, which takes less than keeping
-        them all.
+        A batch of one part keeps its graph for that. Of several, the images are made again, for the price of one more
+        forward pass through the decoder: every loss is still computed once.
         """
         self.optimizer.zero_grad()
         self.heads.eval()
-        alone = len(parts) == 1
-        images, judged = [], []
+        kept: Tensor | None = None
+        judged = []
         for tokens, part in zip(noised, parts, strict=True):
             with self.autocast():
-                images.append((self.forward if alone else self.model)(tokens))
-            judged.append(self._judge(images[-1], part, step))
-            if not alone:
-                images.clear()
+                made = self.forward(tokens) if len(parts) == 1 else self.model(tokens)
+            judged.append(self._judge(made, part, step))
+            kept = made if len(parts) == 1 else None
+            del made
         d_weight = self._adaptive_weight([one.at_last_layer for one in judged])
         numbers: list[dict[str, float | Tensor]] = []
         for part, one in zip(parts, judged, strict=True):
@@ -134,12 +134,11 @@ class AdversarialLearner(Trainee[S]):
             numbers.append({"loss": value, **one.made_of, "d_weight": d_weight})
         for tokens, part, one in zip(noised, parts, judged, strict=True):
             reconstruction, generator = one.at_image
+            gradient = reconstruction + self.section.disc_weight * d_weight * generator
             with averaging(self.forward, last=part is parts[-1]):
-                if not alone:
-                    with self.autocast():
-                        images = [self.forward(tokens)]
-                gradient = reconstruction + self.section.disc_weight * d_weight * generator
-                images.pop().backward(gradient / len(parts))
+                with self.autocast():
+                    made = self.forward(tokens) if kept is None else kept
+                made.backward(gradient / len(parts))
         check = self.check_norm("grad_norm", batch, step)
         norm = descend(self.optimizer, self.model, self.rate(step), self.section.clip_grad, check)
         self.ema.update(self.model)

@@ -96,8 +96,8 @@ class Training(Generic[B]):
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"a step with `batch_size` {self.section.batch_size} on {self.ranks.world_size} process(es) does not"
-                f" fit the memory of {device}: lower it, use more processes, or set `grad_checkpoint` or `precision:"
-                " bf16`"
+                f" fit the memory of {device}: use more processes, or set `grad_accum_steps`, `grad_checkpoint` or"
+                " `precision: bf16`"
             ) from error
         return numbers
 

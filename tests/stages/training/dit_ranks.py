@@ -3,11 +3,14 @@
 `dit_ranks.py OUT NAME...` writes the runs of these names below OUT, each as checkpoints and a log.
 """
 
+import errno
+import json
 import os
 import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,6 +27,7 @@ from rae.stages.training.parallel import gathered
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
 from rae.stages.training.sections import TrainDitSection
+from rae.store.errors import RaeError
 from rae.store.order import GlobalShuffle, batch_rows
 
 ROWS, C, GRID, CLASSES = 26, 6, 2, 3
@@ -65,6 +69,7 @@ RUNS = {
         "checkpoint_every": 1,
     },
     "fsdp2_lengths": {"parallel": "fsdp2", "ema_sigma_rel": (0.05, 0.1), "ema_snapshot_every": 10},
+    "fsdp2_full_disk": {"parallel": "fsdp2"},
     "fsdp2_resumed": {"parallel": "fsdp2"},
     "fsdp2_taken_over": {"parallel": "fsdp2"},
     "compiled": {"compile": True, "steps": 4},
@@ -143,6 +148,23 @@ def half_done(whole, job, ranks):
     return replace(job, earlier=(half,), milestones=frozenset())
 
 
+def run_out_of_space(section, job, ranks):
+    """What a rank says when the last one has no room for the third group of tensors of its second checkpoint."""
+    flushes, fsync = [], os.fsync
+
+    def filling(handle):
+        flushes.append(handle)
+        if ranks.rank == ranks.world_size - 1 and len(flushes) == 6:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    with mock.patch("os.fsync", filling):
+        try:
+            run(section, job, ranks)
+        except RaeError as error:
+            return [type(error).__name__, error.message]
+
+
 def main(out, names):
     ranks = Ranks.from_environment()
     with ranks.process_group(torch.device("cpu")):
@@ -162,6 +184,10 @@ def main(out, names):
                 job = half_done(out / "fsdp2", job, ranks)
             if name == "fsdp2_taken_over":  # from one process
                 job = half_done(out.parent / "whole", job, ranks)
+            if name == "fsdp2_full_disk":
+                facts = ranks.gather(run_out_of_space(section, job, ranks))
+                (out / "full_disk.json").write_text(json.dumps(facts))
+                continue
             run(section, job, ranks)
 
 

@@ -1,6 +1,6 @@
 """Run by test_adversarial.py, alone or by torchrun: one adversarial training among any number of processes.
 
-Writes its log and final weights below argv[1].
+`gan_ranks.py OUT PARTS` writes its log and final weights below OUT; each rank's share of a batch goes in PARTS parts.
 """
 
 import os
@@ -20,10 +20,11 @@ from rae.stages.training.ranks import Ranks
 RANKS = Ranks.from_environment()
 
 
-def main(out: Path) -> None:
-    learner = learner_of(ranks=RANKS)
+def main(out: Path, parts: int) -> None:
+    section = SECTION.model_copy(update={"grad_accum_steps": parts})
+    learner = learner_of(section, ranks=RANKS)
     batch = partial(batch_for, ranks=RANKS)
-    train(learner, batch, SECTION, Payload("decoder.json", {}), rows=ROWS, job=Job(out), ranks=RANKS)
+    train(learner, batch, section, Payload("decoder.json", {}), rows=ROWS, job=Job(out), ranks=RANKS)
     weights = [RANKS.gather(value) for value in learner.heads.state_dict().values()]
     assert all(torch.equal(first, other) for first, *others in weights for other in others)
     if RANKS.is_main:
@@ -50,5 +51,5 @@ def skip(out: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with RANKS.process_group(torch.device("cpu")):
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), int(sys.argv[2]))
     os._exit(0)  # gloo's threads can abort an interpreter that shuts down around them, after all is done

@@ -58,6 +58,12 @@ class Batch:
     augment_draws: Tensor
     keys: list[str]
 
+    def split(self, parts: int) -> list["Batch"]:
+        pieces = (one.chunk(parts) for one in (self.images, self.clean, self.noised))
+        draws, size = self.augment_draws.chunk(parts, dim=1), len(self.keys) // parts
+        keys = [self.keys[first : first + size] for first in range(0, len(self.keys), size)]
+        return [Batch(*piece) for piece in zip(*pieces, draws, keys, strict=True)]
+
 
 def batch_of(rows: np.ndarray, epoch: int, section: TrainDecoderSection = SECTION) -> Batch:
     """Pictures and tokens that have something to do with each other, by row."""

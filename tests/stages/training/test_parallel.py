@@ -1,5 +1,6 @@
 """The same run at any scale: replicas, shards and accumulated parts make what one process makes, but for rounding."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -58,6 +59,7 @@ def two(alone):
         "fsdp2_resumed",
         "fsdp2_taken_over",
         "fsdp2_skipping",
+        "fsdp2_full_disk",
         "fsdp2_lengths",
     )
     torchrun(2, out, *names)
@@ -184,6 +186,15 @@ def test_a_damaged_shard_is_found(two, tmp_path):
     shard.write_bytes(data)
     with pytest.raises(CorruptData, match="its sha256 differs"):
         load(tmp_path / "step-00000020")
+
+
+def test_a_disk_that_is_full_for_one_rank_stops_all_and_leaves_the_checkpoint_before(two):
+    said = json.loads((two / "full_disk.json").read_text())
+    assert [kind for kind, _ in said] == ["PartialResult"] * 2
+    assert all("the disk is full: the checkpoint of step 20 could not be written" in message for _, message in said)
+    kept = two / "fsdp2_full_disk" / "checkpoints"
+    assert [path.name for path in kept.iterdir()] == ["step-00000010"]
+    assert load(kept / "step-00000010").step == 10
 
 
 def test_milestones_are_whole_models(alone, two, tmp_path):
