@@ -166,7 +166,7 @@ def load_autoencoder(
 def sample(
     dit: "Dit",
     decoder: "Decoder",
-    labels: Sequence[int],
+    labels: "Sequence[int] | np.ndarray",
     seed: int = 0,
     sampler: str = "euler",
     num_steps: int = 50,
@@ -178,7 +178,8 @@ def sample(
 ) -> np.ndarray:
     """Images uint8 [N, S, S, 3], one per label. Image i depends on (seed, i, label) alone.
 
-    The label `dit.num_classes` asks for an image of no class, if labels were dropped in training. `guide` is a weaker
+    The label `dit.num_classes` asks for an image of no class, if labels were dropped in training. A transformer that
+    takes vectors is given those, [N, D]; NaN asks for nothing. `guide` is a weaker
     transformer to be guided by, instead of `dit` without labels. `options` are those of the sampler and the precision,
     as in the configuration's section `sample`: `atol`, `rtol`, `diffusion_form`, `diffusion_norm`, `last_step`,
     `last_step_size`, `precision`.
@@ -194,8 +195,11 @@ def sample(
     check_compatible(dit.about.encoder, decoder.encoder)
     if guide is not None:
         check_guide(dit, guide)
-    rows = dit.num_classes + dit.config.has_null_label
-    for label in labels:
+    rows, dim = dit.num_classes + dit.config.has_null_label, dit.config.conditioning_dim
+    asked = np.asarray(labels, np.float32 if dim else np.int64)
+    if dim and asked.shape[1:] != (dim,):
+        raise ConfigError(f"the transformer takes vectors of {dim} numbers in place of labels, got {asked.shape}")
+    for label in labels if not dim else ():
         if not 0 <= label < rows:
             known = f"0 to {dit.num_classes - 1}" if dit.num_classes else "none (its label is 0)"
             raise ConfigError(f"there is no class {label}: of classes the transformer knows {known}")
@@ -209,7 +213,7 @@ def sample(
         "batch_size": batch_size,
     }
     section = validated(SampleSection, settings | options, "rae.sample")
-    return draw_all(dit, decoder, np.asarray(labels, np.int64), section, guide)
+    return draw_all(dit, decoder, asked, section, guide)
 
 
 def run(

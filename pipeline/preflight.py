@@ -124,6 +124,11 @@ def _sample(pipeline: Pipeline) -> None:
             pipeline.workspace.resolve(ref, kind)
     if section.dit is not None or training is None:
         return
+    if (training.conditioning == "vectors") != (section.conditioning is not None):
+        raise ConfigError(
+            f"`train_dit.conditioning` is {training.conditioning}, and `sample.conditioning`"
+            + (" names no file of vectors" if section.conditioning is None else " names a file of vectors")
+        )
     unguided = section.guidance_scale == 1 or section.guide is not None
     if not unguided and (training.num_classes == 0 or training.class_dropout_prob == 0):
         raise ConfigError(

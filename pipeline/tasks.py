@@ -43,6 +43,8 @@ def _encode(pipeline: Pipeline) -> Task:
     source, encoder_source = pipeline.train, pipeline.encoder_source
     # The classes, since tars that name their labels leave the numbers to them.
     digests: Json = {"weights": encoder_source.digests, "source": source.digests, "classes": source.classes}
+    if section.conditioning is not None:
+        digests["conditioning"] = digest_file(section.conditioning)
     recipe = _recipe("encode", pipeline.encoding(), reading=pipeline.reading(), **digests)
 
     def run(job: Job) -> Result:
@@ -63,7 +65,7 @@ def _encoded_alike(workspace: Workspace, recipe: Json) -> list[Artifact]:
     """Latents of the same settings, of whatever source shards and classes, the newest first."""
 
     def settings(recipe: Json) -> Json:
-        return {key: value for key, value in recipe.items() if key not in ("source", "classes")}
+        return {key: value for key, value in recipe.items() if key not in ("source", "classes", "conditioning")}
 
     # Parts are taken over by a link or a copy, which takes a folder that they lie in.
     here = [one for one in workspace.artifacts("latents") if one.mirror is None]
@@ -167,7 +169,8 @@ def _sample(pipeline: Pipeline) -> Task:
     chosen = {"dit": dit.artifact, "decoder": decoder, "guide": guide}
     inputs = {role: artifact for role, artifact in chosen.items() if artifact is not None}
     unpublished = {} if dit.artifact is not None else {"checkpoint": dit.in_recipe()}
-    recipe = _recipe("sample", {"sample": section.in_recipe()}, inputs, **unpublished)
+    asked = {"conditioning": digest_file(section.conditioning)} if section.conditioning is not None else {}
+    recipe = _recipe("sample", {"sample": section.in_recipe()}, inputs, **unpublished, **asked)
 
     def run(job: Job) -> Result:
         from rae.stages import sample

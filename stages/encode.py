@@ -22,8 +22,9 @@ from rae.stages.models.weights import EncoderSource
 from rae.stages.parts import encode_again, write_parts
 from rae.stages.sections import EncodeSection
 from rae.stages.training.ranks import Ranks
+from rae.store.conditioning import read_vectors, record_vectors
 from rae.store.crops import CropLaw, record_boxes
-from rae.store.errors import OthersAtWork
+from rae.store.errors import ConfigError, OthersAtWork
 from rae.store.latents_finish import completed_parts, finish
 from rae.store.latents_repair import EncodedRow
 from rae.store.latents_takeover import EarlierParts
@@ -96,6 +97,11 @@ def run(
     Raises `OthersAtWork` if `job` has only a share of the parts and some of the others are not done.
     """
     encoding, ranks = Encoding(section, source, encoder_source, job.device), Ranks.from_environment()
+    vectors = read_vectors(Path(section.conditioning)) if section.conditioning is not None else None
+    if vectors is not None and len(vectors) != len(source):
+        raise ConfigError(
+            f"`encode.conditioning` has {len(vectors)} vectors, and there are {len(source)} images: each needs its own"
+        )
     layout, parts = encoding.layout, encoding.parts
     images_per_second = _write_missing(encoding, source, job, earlier, ranks)
     ranks.barrier()
@@ -122,6 +128,9 @@ def run(
     for name, data in descriptions.items():
         replace_bytes(job.folder / name, data)
     files_made = [*summary.files, *(job.folder / name for name in descriptions)]
+    if vectors is not None:
+        firsts = [shard.first for shard in source.shards]
+        files_made.append(record_vectors(vectors, layout, parts, firsts, into=job.folder))
     if section.crops and section.resize_size:
         law = CropLaw(section.seed, section.resize_size, section.image_size)
         files_made.append(record_boxes(job.folder, layout, parts, source.digests, law, into=job.folder))

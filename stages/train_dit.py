@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -71,6 +71,8 @@ def prepare(section: TrainDitSection, latents: Artifact, beginning: Beginning, k
     section.check_views(store.layout.view_kind)
     num_classes = count_classes(section, store)
     config = describe_dit(section, store.shape, num_classes)
+    if section.conditioning == "vectors":
+        config = replace(config, conditioning_dim=store.conditioning.shape[1])
     about = DitDescription(
         config=config,
         transport=describe_transport(section, store.shape),
@@ -129,6 +131,8 @@ def time_step(
 
 def count_classes(section: TrainDitSection, store: LatentStore) -> int:
     """The size of the class table: as configured, or as the labels say; labels outside it are refused."""
+    if section.conditioning == "vectors":
+        return 0
     labels = store.labels
     found = int(labels.max()) + 1 if len(labels) else 0
     unlabelled = int((labels < 0).sum())
@@ -189,7 +193,12 @@ def make_batch(
     x = whitening(store.rows(rows, views))
     y = torch.from_numpy(store.labels[rows]).to(device)
     dropped = uniform(seed, "label_dropout", epoch, rows, device) < section.class_dropout_prob
-    y = torch.where(dropped, num_classes, y) if num_classes else torch.zeros_like(y)
+    if section.conditioning == "vectors":
+        part, place = store.places(rows)
+        slots = part * store.layout.rows_per_part + place
+        y = torch.from_numpy(store.conditioning[slots]).to(device).masked_fill(dropped[:, None], torch.nan)
+    else:
+        y = torch.where(dropped, num_classes, y) if num_classes else torch.zeros_like(y)
     t = transport.sample_times(uniform(seed, "time", epoch, rows, device))
     noise = normal(store.shape, seed, "noise", epoch, rows, device)
     return Batch(x, y, t, noise, rows, store.keys_of)

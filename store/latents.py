@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rae.store.conditioning import Vectors, open_vectors
 from rae.store.errors import ConfigError, CorruptData, MissingInput
 from rae.store.latents_index import (
     INDEX_FILE,
@@ -127,6 +128,11 @@ class LatentStore:
             values = self._index.column("label", group)
             labels[self._index.rows(group)] = pc.fill_null(values, -1).to_numpy()
         return labels
+
+    @cached_property
+    def conditioning(self) -> Vectors:
+        """The vectors [slots, D] kept beside the latents, mapped; `slot_of` says whose is whose."""
+        return open_vectors(self.folder, self.slots)
 
     @cached_property
     def image_digests(self) -> npt.NDArray[np.uint8]:

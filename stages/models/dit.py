@@ -22,6 +22,7 @@ from rae.stages.models.layers import (
     PatchEmbed,
     RotaryPositions,
     TimeEmbed,
+    VectorEmbed,
     sincos_positions,
     unpatchify,
     zero_bias,
@@ -36,7 +37,8 @@ class DiTConfig:
     """Sizes of a diffusion transformer. `hidden_size`, `depth` and `num_heads` are (body, head) for DiT-DH.
 
     `input_size` is the side of the latent's grid, `in_channels` its channels. With `num_classes` 0 the model is
-    unconditional and `y` is all zeros. Raises `ConfigError` where the sizes do not fit each other.
+    unconditional and `y` is all zeros; or, with a `conditioning_dim`, `y` is vectors [B, D], of which NaN asks for
+    nothing. Raises `ConfigError` where the sizes do not fit each other.
     """
 
     model: ModelName
@@ -50,6 +52,7 @@ class DiTConfig:
     class_dropout_prob: float = 0.1
     num_classes: int
     use_qknorm: bool = False
+    conditioning_dim: int = 0
 
     def __post_init__(self) -> None:
         if self.model not in get_args(ModelName):
@@ -80,8 +83,11 @@ class DiTConfig:
         return self.class_dropout_prob > 0 or self.num_classes == 0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """JSON-ready; without a `conditioning_dim` of 0, which most know nothing of."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if not self.conditioning_dim:
+            del values["conditioning_dim"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -105,6 +111,13 @@ def build_dit(config: DiTConfig) -> "DiTDH | LightningDiT":
     return DiTDH(config) if config.model == "DiT-DH" else LightningDiT(config)
 
 
+def condition_embed(config: DiTConfig, width: int) -> LabelEmbed | VectorEmbed:
+    """What embeds `y`, for a body of this width."""
+    if config.conditioning_dim:
+        return VectorEmbed(config.conditioning_dim, width)
+    return LabelEmbed(config.num_classes + config.has_null_label, width)
+
+
 class LightningDiT(nn.Module):
     """DiT with RMSNorm, SwiGLU and rotary positions (Yao et al., "Reconstruction vs. Generation", 2025)."""
 
@@ -117,7 +130,7 @@ class LightningDiT(nn.Module):
         self.grad_checkpoint = False
         self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, width)
         self.t_embedder = TimeEmbed(width)
-        self.y_embedder = LabelEmbed(config.num_classes + config.has_null_label, width)
+        self.y_embedder = condition_embed(config, width)
         self.register_buffer("pos_embed", sincos_positions(width, config.grid))
         self.feat_rope = RotaryPositions(width // num_heads, config.grid)
         self.blocks = nn.ModuleList(Block(width, num_heads, config.mlp_ratio, config.use_qknorm) for _ in range(depth))
@@ -125,7 +138,7 @@ class LightningDiT(nn.Module):
         self.reset()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Latents [B, C, H, W], times [B] in [0, 1], labels [B] int64 -> [B, C, H, W]."""
+        """Latents [B, C, H, W], times [B] in [0, 1], labels [B] int64 or vectors [B, D] -> [B, C, H, W]."""
         condition = (self.t_embedder(t) + self.y_embedder(y)).unsqueeze(1)
         tokens = self.x_embedder(x) + self.pos_embed
         tokens = run_blocks(self.blocks, tokens, condition, self.feat_rope, self.grad_checkpoint)
@@ -158,7 +171,7 @@ class DiTDH(nn.Module):
         self.s_embedder = PatchEmbed(config.in_channels, config.patch_size, body_width)
         self.s_projector = nn.Linear(body_width, head_width) if body_width != head_width else nn.Identity()
         self.t_embedder = TimeEmbed(body_width)
-        self.y_embedder = LabelEmbed(config.num_classes + config.has_null_label, body_width)
+        self.y_embedder = condition_embed(config, body_width)
         self.register_buffer("pos_embed", sincos_positions(body_width, config.grid))
         self.enc_feat_rope = RotaryPositions(body_width // body_heads, config.grid)
         self.dec_feat_rope = RotaryPositions(head_width // head_heads, config.grid)
@@ -169,7 +182,7 @@ class DiTDH(nn.Module):
         self.reset()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Latents [B, C, H, W], times [B] in [0, 1], labels [B] int64 -> [B, C, H, W]."""
+        """Latents [B, C, H, W], times [B] in [0, 1], labels [B] int64 or vectors [B, D] -> [B, C, H, W]."""
         blocks, body_depth = list(self.blocks), self.config.depth[0]
         time = self.t_embedder(t).unsqueeze(1)
         condition = F.silu(time + self.y_embedder(y).unsqueeze(1))

@@ -208,6 +208,26 @@ class LabelEmbed(nn.Module):
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
 
+class VectorEmbed(nn.Module):
+    """A vector's projection; for a row of NaN, which asks for nothing, a learned vector. Dropping is the trainer's."""
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(dim, width)
+        self.null = nn.Parameter(torch.zeros(width))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """[B, dim] -> [B, D]."""
+        out: Tensor = torch.where(y.isnan().any(1, keepdim=True), self.null, self.projection(y.nan_to_num()))
+        return out
+
+    def reset(self) -> None:
+        """Begin as a table of labels does, at a standard deviation of 0.02."""
+        nn.init.normal_(self.null, std=0.02)
+        nn.init.normal_(self.projection.weight, std=0.02 / self.projection.in_features**0.5)
+        nn.init.zeros_(self.projection.bias)
+
+
 def sincos_positions(width: int, grid: int, spacing: float = 1.0) -> Tensor:
     """Fixed positions (Transformer, section 3.5, along two axes), [1, grid^2, width]: columns, then rows.
 

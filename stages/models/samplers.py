@@ -32,7 +32,7 @@ def sample_ode(
     rtol: float = 1e-3,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
-    null_label: int,
+    null_label: float,
     guide: Model | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
@@ -127,7 +127,7 @@ def guided(
     y: Tensor,
     scale: float,
     interval: tuple[float, float],
-    null_label: int,
+    null_label: float,
     guide: Model | None,
 ) -> Tensor:
     """The model's output at one time, pushed away from a weaker prediction: weak + scale (output - weak).
@@ -158,9 +158,9 @@ def refuse_impossible_guidance(model: Model, scale: float, interval: tuple[float
     config = getattr(model, "config", None)
     if scale == 1.0 or guide is not None or config is None:
         return
-    if config.num_classes == 0:
+    if config.num_classes == 0 and not config.conditioning_dim:
         raise ConfigError("An unconditional model has no labels to guide by; set `guidance_scale` to 1 or give a guide")
-    if not config.has_null_label:
+    if not config.has_null_label or config.class_dropout_prob == 0:
         raise ConfigError(
             "This model was trained with `class_dropout_prob` 0 and has no prediction without a label; set"
             " `guidance_scale` to 1 or give a guide"

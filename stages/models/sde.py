@@ -38,7 +38,7 @@ def sample_sde(
     last_step_size: float = 0.04,
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
-    null_label: int,
+    null_label: float,
     guide: Model | None = None,
     progress: Progress | None = None,
 ) -> Tensor:

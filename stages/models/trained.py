@@ -7,6 +7,7 @@ What was imported has one set of weights, ema.safetensors, and an imported decod
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,11 @@ class Dit(nn.Module):
     def num_classes(self) -> int:
         """How many classes it knows; 0 if it is unconditional."""
         return self.config.num_classes
+
+    @property
+    def null_label(self) -> float:
+        """What y is where nothing is asked for: the label `num_classes`, or of vectors NaN."""
+        return math.nan if self.config.conditioning_dim else self.num_classes
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -279,6 +285,7 @@ def _meaning(dit: Dit, named: bool) -> Json:
         "latent_shape": list(dit.latent_shape),
         "latent_stats": digest_weights({"mean": dit.mean, "var": dit.var})[:16],
         "num_classes": dit.num_classes,
+        "conditioning_dim": dit.config.conditioning_dim,
         "classes": list(dit.about.classes or ()) if named else None,
     }
 

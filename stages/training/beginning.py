@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rae.stages.models.decoder import ViTDecoder
 from rae.stages.models.dit import DiTConfig, DiTDH, LightningDiT
+from rae.stages.models.layers import LabelEmbed
 from rae.stages.models.saving import check_weights
 from rae.stages.models.trained import Weights, load_weights_of, read_about
 from rae.store.errors import CorruptData, StaleInput
@@ -27,7 +28,7 @@ def begin_dit(dit: DiTDH | LightningDiT, folder: Path, weights: Weights) -> None
     """
     known = DiTConfig.from_dict(read_about(folder / "dit.json", "config")["config"])
     state = load_weights_of(folder, weights)
-    if _CLASS_TABLE in state:
+    if _CLASS_TABLE in state and isinstance(dit.y_embedder, LabelEmbed):
         own = dit.y_embedder.embedding_table.weight.detach()
         state[_CLASS_TABLE] = _class_table(own, dit.config, state[_CLASS_TABLE], known)
     _take_over("train_dit", dit, state)

@@ -263,6 +263,9 @@ class TrainDitSection(TrainingSection):
     `size` S, B, L or XL stands for all three. `shuffle: windowed` permutes the store's parts, and the rows of every
     `window_parts` of them: for disks that are slow at random reads.
 
+    `conditioning: vectors` is on those kept beside the latents (`encode.conditioning`) in place of labels; both are
+    dropped at `class_dropout_prob`.
+
     Every `evaluate_every` steps samples are drawn and scored as `sample` and `evaluate` say, with the EMA and with the
     last weights; `keep_best` publishes the step whose EMA scores best so far, as dit/NAME-best.
 
@@ -281,6 +284,7 @@ class TrainDitSection(TrainingSection):
     shuffle: Literal["global", "windowed"] = "global"
     window_parts: Positive = 16
     num_classes: Annotated[int, Field(ge=0)] | None = None
+    conditioning: Literal["labels", "vectors"] = "labels"
     class_dropout_prob: Fraction = 0.1
     use_qknorm: bool = False
     path_type: Literal["Linear", "GVP", "VP"] = "Linear"
@@ -298,11 +302,19 @@ class TrainDitSection(TrainingSection):
     def in_recipe(self) -> dict[str, Any]:
         """Without the windows of an order that has none, and averages that nothing is kept of."""
         settings = super().in_recipe()
+        if self.conditioning == "labels":
+            del settings["conditioning"]
         if not self.ema_sigma_rel:
             del settings["ema_sigma_rel"], settings["ema_snapshot_every"]
         if self.shuffle == "global":
             del settings["window_parts"]
         return settings
+
+    @model_validator(mode="after")
+    def _one_condition(self) -> Self:
+        if self.conditioning == "vectors" and self.num_classes:
+            raise ValueError("`conditioning: vectors` takes the place of classes: leave `num_classes` out")
+        return self
 
     @model_validator(mode="after")
     def _best_is_known(self) -> Self:
