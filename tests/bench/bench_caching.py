@@ -5,7 +5,7 @@ ahead by two threads. On the fly, JPEGs are decoded and cropped ahead by two thr
 in every step. DINOv2-B (random weights, 224 px, JPEGs of 256 px) feeds DiTDH-S and a small transformer. Wall time of
 whole epochs, interleaved, in one process; the share of it that waits for data is what the trainer logs as `data_wait`.
 An encode of both views says after how many epochs the store has paid for itself. It wants a machine that does nothing
-else; `--images 16 --rounds 1` makes it short.
+else; `--images 16 --rounds 1 --only small` makes it short.
 """
 
 import argparse
@@ -40,7 +40,10 @@ from rae.store.latents_takeover import EarlierParts
 from rae.store.shards import Source
 
 ENCODE = EncodeSection(image_size=256, encoder_input_size=224, batch_size=8)
-SMALL = {"hidden_size": (128, 768), "depth": (4, 1), "num_heads": (4, 12)}
+MODELS: dict[str, dict[str, Any]] = {
+    "DiTDH-S": {"size": "S"},
+    "small": {"hidden_size": (128, 768), "depth": (4, 1), "num_heads": (4, 12)},
+}
 
 
 class Epochs:
@@ -93,8 +96,8 @@ def written(folder: Path, source: Source, encoder_source: Any) -> float:
     return time.perf_counter() - began
 
 
-def trainings(store: Any, batch_size: int) -> Iterator[tuple[str, Training[Batch]]]:
-    for name, sizes in (("DiTDH-S", {"size": "S"}), ("128 + 768", SMALL)):
+def trainings(store: Any, batch_size: int, only: str | None) -> Iterator[tuple[str, Training[Batch]]]:
+    for name, sizes in {only: MODELS[only]}.items() if only else MODELS.items():
         section = TrainDitSection(steps=10**6, batch_size=batch_size, clip_grad=1.0, **sizes)
         yield name, prepare(section, store, Beginning(), "cpu")
 
@@ -105,6 +108,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=MODELS)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -115,7 +119,7 @@ def main() -> None:
         once = written(folder / "latents", source, encoder_source)
         artifact = type("Latents", (), {"payload": folder / "latents"})
         encoder, rows = load_encoder(encoder_source, ENCODE.encoder_input_size), []
-        for model, training in trainings(artifact, options.batch_size):
+        for model, training in trainings(artifact, options.batch_size, options.only):
             epochs = Epochs(training, encoder, source, LatentStore(folder / "latents"))
             seconds = interleaved({"on the fly": epochs.on_the_fly, "store": epochs.stored}, options.rounds)
             saved = seconds["on the fly"] - seconds["store"]
