@@ -146,9 +146,9 @@ def guide(pipeline: Pipeline, run: Run) -> Artifact:
         own = int(relative[1])
     if own is None:
         return pipeline.workspace.resolve(ref, "dit")
-    found = milestone(run, own)
+    found = milestone(pipeline.workspace.published, run, own)
     if found is None:
-        raise no_milestone(run, own)
+        raise no_milestone(pipeline.workspace.artifacts(run.kind), run, own)
     return found
 
 
@@ -193,14 +193,16 @@ def snapshot(workspace: Workspace, runs: list[Run], step: int | None, weights: s
     from rae.stages.training.checkpoints import find_model, steps
 
     for run in runs:
-        artifact = milestone(run, step) if step is not None else workspace.find(run.kind, run.recipe)
+        artifact = (
+            milestone(workspace.published, run, step) if step is not None else workspace.find(run.kind, run.recipe)
+        )
         if artifact is not None:
             return _published(artifact)
         if found := find_model(_attempts(run), weights, step):
             folder, reached, sha256 = found
             return Snapshot(run, reached, folder, sha256=sha256)
     run = runs[0]
-    there = sorted({*milestone_steps(run), *steps(_attempts(run))})
+    there = sorted({*milestone_steps(workspace.artifacts(run.kind), run), *steps(_attempts(run))})
     raise MissingInput(
         f"{run.kind}/{run.id} has no model"
         + (f" of step {step}" if step is not None else " yet")

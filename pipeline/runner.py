@@ -165,7 +165,7 @@ def make(workspace: Workspace, name: str, task: Task, options: Options) -> Outco
         found = processes.broadcast(_found(workspace, name, task) if processes.is_main else None)
         if found is not None:
             console.reused(stage.verb, found)
-            _say_milestones(task, found, options)
+            _say_milestones(workspace, task, found, options)
             return Outcome(found, reused=True)
         console.begins(stage.verb)
         with held(workspace.objects, _refs(task)) if processes.is_main else nullcontext():
@@ -196,7 +196,7 @@ def _make(workspace: Workspace, name: str, task: Task, options: Options, process
     work = processes.broadcast(begin() if processes.is_main else None)
     assert work is not None
     try:
-        missing = processes.broadcast(_missing_milestones(task, work) if processes.is_main else None)
+        missing = processes.broadcast(_missing_milestones(workspace, task, work) if processes.is_main else None)
         publish = partial(_publish_milestone, workspace, task, work, options)
         with workspace.sending(work) if processes.is_main else nullcontext():
             manifest = _run(task, work, launch.device_of(options.device), options, missing or frozenset(), publish)
@@ -210,10 +210,10 @@ def _make(workspace: Workspace, name: str, task: Task, options: Options, process
     return read_artifact(work.folder)
 
 
-def _missing_milestones(task: Task, work: Work) -> frozenset[int]:
+def _missing_milestones(workspace: Workspace, task: Task, work: Work) -> frozenset[int]:
     """The milestones of a training that are still to be published; its last step needs no publication of its own."""
     run = Run(work.kind, work.recipe, work.folder)
-    return frozenset(step for step in task.milestones if milestone(run, step) is None)
+    return frozenset(step for step in task.milestones if milestone(workspace.published, run, step) is None)
 
 
 def _publish_milestone(
@@ -237,10 +237,10 @@ def _publish_milestone(
     options.console.say(f"{task.stage.verb}: published {run.kind}/{work.name}, {made.kind}/{made.id}")
 
 
-def _say_milestones(task: Task, found: Artifact, options: Options) -> None:
+def _say_milestones(workspace: Workspace, task: Task, found: Artifact, options: Options) -> None:
     """Tell which milestones a finished training lacks: it can't publish them any more."""
     run = Run(found.kind, found.manifest.recipe, found.folder)
-    if missing := [str(step) for step in sorted(task.milestones) if milestone(run, step) is None]:
+    if missing := [str(step) for step in sorted(task.milestones) if milestone(workspace.published, run, step) is None]:
         options.console.say(
             f"{task.stage.verb}: it published nothing at step {', '.join(missing)}, which was not asked for in time"
         )

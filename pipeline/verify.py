@@ -14,6 +14,7 @@ from rae.store.latents_repair import EncodedRow, Repair, published_layout
 from rae.store.latents_verify import Mode, Problem, verify
 from rae.store.layout import ARRAY_FILE, LatentLayout, Part
 from rae.store.manifest import Artifact, differing_fields
+from rae.store.transfer import damaged
 from rae.store.zarr_shard import file_sha256
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def verify_artifact(
     Raises `CorruptData` (exit code 5) if anything is wrong in the end.
     """
     artifact = workspace.resolve(ref)
+    if repair and artifact.mirror is not None:
+        raise ConfigError(f"{artifact.ref} lies in {artifact.mirror.objects.place}: pull it, repair it and push it")
     if repair and artifact.kind != "latents":
         raise ConfigError(f"{artifact.kind}/{artifact.id} can't be repaired, only latents can: remove it and run again")
     repairing = shlex.join(["rae", "verify", ref, "-w", workspace.place, "--repair", "--config"]) + " CONFIG"
@@ -56,12 +59,17 @@ def verify_artifact(
         options.console.say(f"{len(problems) - _SHOWN} more; --json lists them all")
     raise CorruptData(
         f"{len(problems)} problem(s) in {name}, the first in {problems[0].file}",
-        repairing if artifact.kind == "latents" and not repair else None,
+        repairing if artifact.kind == "latents" and artifact.mirror is None and not repair else None,
     )
 
 
 def find_problems(artifact: Artifact, mode: Mode) -> list[Problem]:
-    """Everything that is wrong with an artifact; of others than latents, `quick` looks at sizes and the rest at all."""
+    """Everything that is wrong with an artifact; of others than latents, `quick` looks at sizes and the rest at all.
+
+    So it does of latents that lie in a bucket, where every byte that is looked at has to travel.
+    """
+    if artifact.mirror is not None:
+        return [Problem(Path(path), reason) for path, reason in damaged(artifact.mirror.objects, artifact, mode)]
     if artifact.kind == "latents":
         try:
             layout, _ = LatentLayout.load(artifact.folder)

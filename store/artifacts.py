@@ -199,10 +199,10 @@ class Workspace:
         """What the runs that `ref` may mean published at a step; of runs of one kind, a finished one is meant."""
         found, runs = dict[str, Artifact](), self.runs(ref, kind)
         for run in runs:
-            if artifact := milestone(run, step):
+            if artifact := milestone(self.published, run, step):
                 found.setdefault(run.kind, artifact)
         if runs and not found:
-            raise no_milestone(runs[0], step)
+            raise no_milestone(self.artifacts(runs[0].kind), runs[0], step)
         return list(found.values())
 
     def runs(self, ref: str, kind: str | None = None) -> list[Run]:

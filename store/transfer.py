@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,13 +11,15 @@ from typing import NamedTuple, Protocol
 
 from rae.store.errors import CorruptData, MissingInput, StaleInput
 from rae.store.latents_index import PARTS_FILE, PARTS_SCHEMA, read_columns
+from rae.store.latents_verify import Mode
 from rae.store.layout import LatentLayout
 from rae.store.manifest import Artifact, canonical
 from rae.store.part_record import FOLDER, moments_path, record_path
-from rae.store.remote import ObjectStore
+from rae.store.remote import ObjectStore, checked
 
 _TRANSFERS = 8
 _CLAIM = "claim.json"
+_SAMPLED_SHARE = 1 / 16
 
 
 class Payload(NamedTuple):
@@ -52,6 +55,27 @@ def payload_bytes(objects: ObjectStore, artifact: Artifact) -> int:
         total += int(artifact.manifest.metrics["bytes"])
         total += sum(stored.bytes for stored in objects.below(f"{artifact.key}/{FOLDER}"))
     return total
+
+
+def damaged(objects: ObjectStore, artifact: Artifact, mode: Mode) -> Iterator[tuple[str, str]]:
+    """Files of an artifact in `objects` that are not what was published, each with what is wrong with it.
+
+    `quick` looks at sizes, `full` at every byte, `sampled` at those of a file in 16, others each time.
+    """
+    sizes = {stored.key: stored.bytes for stored in objects.below(artifact.key)}
+    try:
+        for file in payload_files(objects, artifact):
+            key = f"{artifact.key}/{file.path}"
+            if sizes.get(key) != file.bytes:
+                yield key, "is missing" if key not in sizes else f"has {sizes[key]} bytes, published were {file.bytes}"
+            elif mode == "full" or (mode == "sampled" and random.random() < _SAMPLED_SHARE):
+                try:
+                    for _ in checked(objects.stream(key), file.bytes, file.sha256, key):
+                        pass
+                except CorruptData:
+                    yield key, "does not match its digest"
+    except (CorruptData, MissingInput) as error:
+        yield artifact.key, error.message
 
 
 def _part_files(objects: ObjectStore, artifact: Artifact) -> Iterator[Payload]:

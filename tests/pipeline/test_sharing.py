@@ -152,3 +152,30 @@ def test_an_upstream_list_that_is_none_is_refused(rae: Rae) -> None:
     rae.workspace.mkdir()
     (rae.workspace / "upstreams.json").write_text('{"upstreams": "s3://x"}')
     rae("status", "-w", rae.workspace).refused(2, "upstreams.json must hold")
+
+
+def test_what_lies_in_a_bucket_is_verified_there(trained: Rae, s3) -> None:
+    place = s3.place()
+    push(trained, place).succeeded()
+    for mode in ("--quick", "--full"):
+        assert "is whole" in trained("verify", "latents/tiny", "-w", place, mode).succeeded().out
+    objects, key = open_objects(place), Workspace(place).resolve("latents/tiny").key
+    shard, record = f"{key}/latents/c/1/0/0/0/0", f"{key}/parts/000002.npz"
+    data = objects.read(shard)
+    assert data is not None
+    objects.remove(shard)
+    trained("verify", "latents/tiny", "-w", place, "--quick").refused(5, "1 problem(s)", "latents/c/1/0/0/0/0")
+    objects.replace(shard, data[:-1] + b"?")
+    objects.replace(record, b"?")
+    trained("verify", "latents/tiny", "-w", place).refused(5, "2 problem(s)")
+    trained("verify", "latents/tiny", "-w", place, "--repair").refused(2, "pull it, repair it and push it")
+
+
+def test_milestones_in_a_bucket_are_found_by_their_step(rae_with: Made, s3) -> None:
+    place, source = s3.place(), rae_with("shards", "latents")
+    source("push", "latents/tiny", "--to", place, "-w", source.workspace).succeeded()
+    source.workspace = place
+    source.verb("train-dit", "-s", "train_dit.publish_at=[3]").succeeded()
+    found = source.artifact("dit/tiny@step=3")
+    assert found["metrics"]["steps"] == 3
+    source("inspect", "dit/tiny@step=4", "-w", place).refused(3, "there are steps 3")
