@@ -70,6 +70,16 @@ def read_batch(path: Path) -> SampleBatch:
     return batch
 
 
+def read_labels(path: Path) -> NDArray[np.int64]:
+    """The labels of one batch, whose images stay on the disk; `CorruptData` if the file is no such thing."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            labels: NDArray[np.int64] = arrays["labels"].astype(np.int64)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise CorruptData(f"{path} holds no batch of samples ({type(error).__name__}: {error})") from error
+    return labels
+
+
 def read_batches(payload: Path) -> Iterator[SampleBatch]:
     """Every batch in index order, one in memory at a time; raises `CorruptData`, also for images of mixed sizes."""
     size = None

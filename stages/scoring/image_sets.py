@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rae.stages.images import BadImage, center_crop, decode, mode_of
 from rae.store.errors import CorruptData, StaleInput
 from rae.store.manifest import canonical
-from rae.store.samples import batch_paths, read_batch
+from rae.store.samples import batch_paths, read_batch, read_labels
 from rae.store.source import Source
 
 _BLOCK = 64  # images in memory at a time
@@ -65,7 +65,7 @@ class SampleImages:
 
     def __init__(self, payload: Path, digest: str) -> None:
         self._paths = batch_paths(payload)
-        labels = [read_batch(path).labels for path in self._paths]
+        labels = [read_labels(path) for path in self._paths]
         self._firsts = np.cumsum([0, *map(len, labels)])
         self._open: tuple[int, NDArray[np.uint8]] = (-1, np.empty((0, 0, 0, 3), np.uint8))
         self.labels: NDArray[np.integer] = np.concatenate(labels)

@@ -8,7 +8,7 @@ import torch
 
 from rae.stages.models.pixels import rounded_up, to_uint8
 from rae.store.errors import CorruptData
-from rae.store.samples import SampleBatch, batch_path, read_batch, read_batches, write_batch
+from rae.store.samples import SampleBatch, batch_path, read_batch, read_batches, read_labels, write_batch
 
 
 def drawn(count: int, size: int = 5, seed: int = 0) -> torch.Tensor:
@@ -27,6 +27,7 @@ def test_batches_come_back_in_the_order_of_their_index(tmp_path: Path) -> None:
     images = [drawn(3), drawn(2, seed=1)]
     found = list(read_batches(written(tmp_path / "samples", *images)))
     assert [batch.labels.tolist() for batch in found] == [[0, 1, 2], [0, 1]]
+    assert read_labels(batch_path(tmp_path / "samples", 0)).tolist() == [0, 1, 2]
     for batch, made in zip(found, images, strict=True):
         np.testing.assert_array_equal(batch.images, to_uint8(made))
 
@@ -53,6 +54,8 @@ def test_a_file_that_is_no_batch_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CorruptData, match=r"batch-000000.npz holds no batch of samples"):
         read_batch(path)
+    with pytest.raises(CorruptData, match=r"batch-000000.npz holds no batch of samples"):
+        read_labels(path)
     path.unlink()
     with pytest.raises(CorruptData, match="holds no images"):
         list(read_batches(folder))
