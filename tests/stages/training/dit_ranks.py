@@ -174,7 +174,7 @@ def main(out, names):
             if ranks.is_main:
                 save_file(gradients, out / f"{name}.safetensors")
 
-            def publish(step, write, name=name):
+            def publish(step, write, also=None, name=name):
                 folder = out / f"{name}@step={step}"
                 folder.mkdir()
                 write(folder)
