@@ -102,3 +102,18 @@ def test_training_whose_latents_are_gone_stops_and_goes_on_when_they_are_back(
     assert not list(Workspace(rae.workspace).artifacts("dit"))
     rae.verb("train-dit").succeeded()
     assert rae.content("dit") == finished.content("dit")
+
+
+def test_encoding_into_a_bucket_gets_through_connections_that_break(
+    finished: Rae, rae: Rae, s3, proxy: Proxy, monkeypatch
+) -> None:
+    monkeypatch.setenv("RAE_REMOTE_PATIENCE_S", "2")
+    place = s3.place()
+    finished("push", "shards/tiny", "--to", place, "-w", finished.workspace).succeeded()
+    rae.workspace = place
+    with proxy.cutting(0.05):
+        in_the_end(lambda: rae.verb("encode"))
+    assert proxy.cuts > 0
+    assert is_whole(place)
+    assert Workspace(place).resolve("latents/tiny").manifest.content == finished.content("latents")
+    rae("verify", "latents/tiny", "-w", place).succeeded()

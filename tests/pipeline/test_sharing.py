@@ -179,3 +179,16 @@ def test_milestones_in_a_bucket_are_found_by_their_step(rae_with: Made, s3) -> N
     found = source.artifact("dit/tiny@step=3")
     assert found["metrics"]["steps"] == 3
     source("inspect", "dit/tiny@step=4", "-w", place).refused(3, "there are steps 3")
+
+
+def test_python_opens_latents_where_they_lie(trained: Rae, s3) -> None:
+    import numpy as np
+
+    import rae
+
+    place = s3.place()
+    trained("push", "latents/tiny", "--to", place, "-w", trained.workspace).succeeded()
+    there, here = (rae.open_latents("tiny", workspace=str(one)) for one in (place, trained.workspace))
+    assert there.manifest == here.manifest
+    for one, other in zip(there.batches(8, seed=0, epoch=1), here.batches(8, seed=0, epoch=1), strict=True):
+        np.testing.assert_array_equal(one["latent"], other["latent"])
