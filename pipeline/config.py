@@ -5,10 +5,10 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from rae.stages.section import Section
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, ShardsSection
@@ -45,6 +45,15 @@ class PipelineConfig(Section):
     train_dit: TrainDitSection | None = None
     sample: SampleSection | None = None
     evaluate: EvaluateSection | None = None
+
+    @model_validator(mode="after")
+    def _scored_alone(self) -> Self:
+        if self.evaluate is not None and self.evaluate.decoder is not None and self.sample is not None:
+            raise ValueError(
+                "`evaluate.decoder` names a decoder whose reconstructions are scored alone, and there is a section"
+                " `sample`: leave it out (-s sample=null), or score samples of another decoder with `sample.decoder`"
+            )
+        return self
 
 
 def presets() -> list[str]:

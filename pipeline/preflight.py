@@ -184,6 +184,12 @@ def _held_out(pipeline: Pipeline) -> object:
     return None if _makes_shards(pipeline) else pipeline.held_out
 
 
+def _scored_decoder(pipeline: Pipeline) -> None:
+    section = pipeline.section("evaluate", EvaluateSection)
+    if section.decoder is not None:
+        pipeline.workspace.resolve(section.decoder, "decoder")
+
+
 def _extractor(pipeline: Pipeline) -> None:
     if takes_features(pipeline):
         extractor_files(pipeline.section("evaluate", EvaluateSection))
@@ -208,5 +214,5 @@ _CHECKS: dict[str, tuple[Callable[[Pipeline], object], ...]] = {
     ),
     "train_dit": (_train_dit, _origins_of("train_dit")),
     "sample": (_sample, _guide),
-    "evaluate": (_held_out, _extractor, evaluation_references, _distance),
+    "evaluate": (_held_out, _scored_decoder, _extractor, evaluation_references, _distance),
 }

@@ -185,7 +185,8 @@ def _evaluate(pipeline: Pipeline) -> Task:
     section = pipeline.section("evaluate", EvaluateSection)
     pipeline.require_held_out()
     source, held_out, encoder_source = pipeline.train, pipeline.held_out, pipeline.encoder_source
-    inputs, weights = {"decoder": pipeline.decoder()}, dict(encoder_source.digests)
+    named = pipeline.workspace.resolve(section.decoder, "decoder") if section.decoder is not None else None
+    inputs, weights = {"decoder": named or pipeline.decoder()}, dict(encoder_source.digests)
     if pipeline.config.sample is not None:
         inputs["samples"] = pipeline.need("sample")
     if takes_features(pipeline):

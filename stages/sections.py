@@ -213,7 +213,8 @@ class EvaluateSection(Section):
 
     Reconstructions are scored with noise on their tokens, too, for each level of `latent_noise`, in the units of
     `noise_tau`: how a decoder bears the imperfect tokens of a transformer. `perceptual_distance` is LPIPS, or that of
-    the encoder's own features, which needs no other weights.
+    the encoder's own features, which needs no other weights. They are those of this configuration's decoder, or of any,
+    the REF `decoder`, in a configuration without samples.
 
     Samples are scored against the held-out images, or against `reference`, a REF to what `rae evaluate
     --make-reference` or `rae import adm-npz` made. `reference_split` says whether that must be of the images that
@@ -236,6 +237,7 @@ class EvaluateSection(Section):
     kid_subset_size: Annotated[int | None, Field(ge=2)] = None
     baselines: bool = True
     batch_size: Positive = 64
+    decoder: Location = None
     reconstructions: Positive = 2000
     latent_noise: tuple[Annotated[float, Field(ge=0)], ...] = ()
     perceptual_distance: Literal["lpips", "encoder", "none"] = "encoder"

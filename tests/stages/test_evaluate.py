@@ -60,6 +60,25 @@ def test_reconstructions_get_worse_with_noise_on_their_tokens(decoder_alone: Rae
     assert "generation" not in found
 
 
+def test_any_decoder_is_scored_by_its_reference(decoder_alone: Rae, tmp_path: Path) -> None:
+    found, metrics = scores(decoder_alone)
+    other = Rae(tmp_path, {key: decoder_alone.sections[key] for key in ("shards", "encode", "evaluate")})
+    other.workspace = decoder_alone.copy(tmp_path / "copy", "shards", "decoder").workspace
+    other.verb("evaluate").refused(2, "no section `train_decoder`")
+    alone, again = scores(other, "-s", "evaluate.decoder=decoder/tiny")
+    assert alone == found
+    assert again["reconstruction_psnr_db_at_noise_0.5"] == metrics["reconstruction_psnr_db_at_noise_0.5"]
+    # It is what the configuration that trained the decoder would make.
+    assert decoder_alone.content("scores") == other.content("scores")
+
+
+def test_a_decoder_that_is_scored_by_its_reference_has_no_samples(finished: Rae) -> None:
+    named = "-s", "evaluate.decoder=decoder/tiny"
+    finished.verb("evaluate", *named).refused(2, "`evaluate.decoder`", "-s sample=null")
+    finished.verb("evaluate", "-s", "sample=null", "-s", "evaluate.decoder=decoder/none").refused(3, "decoder/none")
+    finished.verb("plan", "-s", "sample=null", "-s", "evaluate.decoder=decoder/none").refused(3, "decoder/none")
+
+
 def test_noise_is_a_function_of_the_row(decoder_alone: Rae) -> None:
     found, _ = scores(decoder_alone)
     other, _ = scores(decoder_alone, "-s", "evaluate.batch_size=20", "-s", "evaluate.latent_noise=[1]")
