@@ -79,7 +79,9 @@ def find_problems(artifact: Artifact, mode: Mode) -> list[Problem]:
     problems = []
     for entry in artifact.manifest.files:
         path = artifact.folder / entry["path"]
-        if not path.exists():
+        if not path.resolve().is_relative_to(artifact.folder.resolve()):
+            problems.append(Problem(path, "is a link that leads out of the artifact"))
+        elif not path.exists():
             problems.append(Problem(path, "is missing"))
         elif path.stat().st_size != entry["bytes"] or (mode != "quick" and file_sha256(path) != entry["sha256"]):
             problems.append(Problem(path, "does not match the manifest"))

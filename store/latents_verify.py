@@ -117,8 +117,12 @@ def _manifest_problems(
 
 
 def _size_problems(folder: Path, layout: LatentLayout, lines: list[dict[str, Any]]) -> Iterator[Problem]:
+    inside = folder.resolve()
     for line in lines:
         for path, size, _ in _listed_shards(folder, layout, line):
+            if not path.resolve().is_relative_to(inside):
+                yield Problem(path, "is a link that leads out of the store", line["part"])
+                continue
             if size is None:
                 yield Problem(folder / PARTS_FILE, f"says nothing of {path}", line["part"])
                 continue

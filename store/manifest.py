@@ -160,9 +160,11 @@ class Artifact:
         """The folder of the payload: the winning attempt's, or the artifact's own (latents, shards at a path).
 
         Of an artifact that lies elsewhere, the payload's files are there when this returns: all but checkpoints, which
-        `checkpoint` is for, and the latents themselves, which are read where they lie.
+        `checkpoint` is for, and the latents themselves, which are read where they lie. `CorruptData` if a link among
+        the files leads out of the artifact.
         """
         self._bring([entry for entry in self.manifest.files if not _of_checkpoint(entry)])
+        self._check_links()
         return self.folder if self.attempt is None else self.folder / "attempts" / self.attempt
 
     @property
@@ -180,6 +182,13 @@ class Artifact:
         files = [entry for entry in self.manifest.files if _of_checkpoint(entry)]
         self._bring(files)
         return self.folder / Path(files[0]["path"]).parent if files else None
+
+    def _check_links(self) -> None:
+        """`CorruptData` if a link among the files leads out of the artifact, which others may have made."""
+        inside = self.folder.resolve()
+        for entry in self.manifest.files:
+            if not (path := self.folder / entry["path"]).resolve().is_relative_to(inside):
+                raise CorruptData(f"{path} is a link that leads out of the artifact")
 
     def _bring(self, files: list[Json]) -> None:
         if self.mirror is not None:

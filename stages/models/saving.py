@@ -45,6 +45,18 @@ def link_file(stored: Path, path: Path) -> bool:
     return True
 
 
+def check_room(path: Path, parameters: float) -> None:
+    """`CorruptData` unless a weights file can hold so many numbers.
+
+    What stands beside the weights says how large a model is, and is not to be believed before memory is taken for it.
+    """
+    shards = path.with_suffix("")
+    files = [path] if path.exists() or not shards.is_dir() else list(shards.iterdir())
+    stored = sum(file.stat().st_size for file in files if file.exists())
+    if stored and parameters > stored:
+        raise CorruptData(f"{path} has {stored} bytes, and the model described beside it {parameters:.3g} numbers")
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Fill `model` from a file; `CorruptData` names what is missing, unknown or of another shape."""
     model.load_state_dict(read_weights(path, model.state_dict()))

@@ -22,7 +22,15 @@ from rae.stages.models.dit import DiTConfig, build_dit
 from rae.stages.models.encoders import Encoder
 from rae.stages.models.payload import Payload
 from rae.stages.models.power_ema import reconstruct
-from rae.stages.models.saving import check_weights, digest_weights, is_saved, load_weights, read_tensors, read_weights
+from rae.stages.models.saving import (
+    check_room,
+    check_weights,
+    digest_weights,
+    is_saved,
+    load_weights,
+    read_tensors,
+    read_weights,
+)
 from rae.stages.models.transport import Transport, create_transport, named
 from rae.store.errors import CorruptData, MissingInput, StaleInput
 from rae.store.manifest import Json, differing_fields
@@ -60,7 +68,11 @@ class Decoder(nn.Module):
         if "_class_name" in config:  # diffusers' word, in what was imported from there
             model = KlDecoder.from_config(config, encoder["input_size"])
         else:
-            model = ViTDecoder(DecoderConfig.from_dict(config))
+            sizes = DecoderConfig.from_dict(config)
+            blocks = sizes.depth * sizes.hidden_size * (sizes.hidden_size + sizes.intermediate_size)
+            ends = sizes.grid**2 + sizes.token_dim + sizes.patch_size**2
+            check_room(_weights_file(folder, weights), blocks + sizes.hidden_size * ends)
+            model = ViTDecoder(sizes)
         load_weights(model, _weights_file(folder, weights))
         return cls(model, encoder).to(device)
 
@@ -118,7 +130,14 @@ class Dit(nn.Module):
     ) -> Self:
         """Read what `save_dit` wrote; with the power-function average of this length, if one is given, for weights."""
         about = DitDescription.from_json(read_about(folder / "dit.json", "config", "transport", "encoder", "classes"))
-        model = build_dit(about.config)
+        sizes = about.config
+        blocks = sum(
+            depth * width**2 * (1 + sizes.mlp_ratio)
+            for depth, width in zip(sizes.depth, sizes.hidden_size, strict=True)
+        )
+        ends = (sizes.input_size // sizes.patch_size) ** 2 + sizes.num_classes + sizes.in_channels
+        check_room(_weights_file(folder, weights), blocks + sizes.hidden_size[0] * ends)
+        model = build_dit(sizes)
         load_weights(model, _weights_file(folder, weights))
         if ema_sigma_rel is not None:
             average = reconstruct(folder, ema_sigma_rel)
