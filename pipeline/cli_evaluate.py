@@ -61,6 +61,9 @@ def evaluate_command(
         return
     from rae.pipeline import references
 
+    if dry_run:
+        references.say_plan(pipeline, make_reference, images, name, options)
+        return
     show_outcome(references.make_reference(pipeline, make_reference, images, name, options), options)
 
 

@@ -37,6 +37,13 @@ def make_reference(pipeline: Pipeline, split: Split, images: str | None, name: s
         raise
 
 
+def say_plan(pipeline: Pipeline, split: Split, images: str | None, name: str | None, options: Options) -> None:
+    """Tell whether the reference would be made; raises as `make_reference` does, also for shards that are not there."""
+    found = pipeline.workspace.find(_STAGE.kind, _task(pipeline, split, images).recipe)
+    state = f"already done, reference/{found.id}" if found is not None else "would be made"
+    options.console.say(f"reference/{name or f'{pipeline.config.name}-{split}'}: {state}")
+
+
 def _task(pipeline: Pipeline, split: Split, images: str | None) -> Task:
     section, size = pipeline.section("evaluate", EvaluateSection), _image_size(pipeline)
     files = extractor_files(section)

@@ -59,6 +59,11 @@ def test_a_reference_holds_features_and_their_exact_moments(known: Rae) -> None:
 def test_the_same_images_make_the_same_reference_once(known: Rae) -> None:
     made = known.verb("evaluate", "--make-reference", "train", "--name", "other", "--json").succeeded().json
     assert made["reused"]
+    planned = known.verb("evaluate", "--make-reference", "train", "--dry-run").succeeded().out
+    assert planned == f"reference/tiny-train: already done, reference/{made['id']}\n"
+    smaller = ("-s", "evaluate.extractor_input_size=64")
+    planned = known.verb("evaluate", "--make-reference", "train", "--dry-run", *smaller).succeeded().out
+    assert planned == "reference/tiny-train: would be made\n"
     assert made["id"] == known.artifact("reference/other")["id"] == known.artifact("tiny-train")["id"]
 
 
