@@ -101,8 +101,10 @@ def _take_over(found: _Found, part: Part, folder: Path, layout: LatentLayout, so
     if not (old_folder / old.statistics).is_file():
         return
     shards = list(zip(layout.shard_keys(old.part), layout.shard_keys(new.part), old.shards, strict=True))
-    for old_key, _, (size, _) in shards:  # all before the first: the encode that follows would adopt what is here
+    for old_key, _, (size, sha256) in shards:  # all before the first: the encode that follows would adopt what is here
         check_size(old_folder / old_key, size)
+        if file_sha256(old_folder / old_key) != sha256:  # else a new manifest would vouch for old damage
+            raise CorruptData(f"{old_folder / old_key} is not what its record says")
     for old_key, new_key, (_, sha256) in shards:
         _link_or_copy(old_folder / old_key, folder / new_key, sha256)
     _link_or_copy(old_folder / old.statistics, folder / new.statistics, old.statistics_sha256)

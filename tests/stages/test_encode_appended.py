@@ -155,12 +155,17 @@ def without_labels(path: Path) -> None:
             archive.addfile(member, BytesIO(data))
 
 
-@pytest.mark.parametrize("damage", ["shard", "statistics", "record"])
+@pytest.mark.parametrize("damage", ["shard", "bit", "statistics", "record"])
 def test_a_damaged_part_is_encoded_again(damage: str, growing: Growing) -> None:
     folder = Path(growing.rae.artifact("latents/tiny")["path"])
-    place = {"shard": "latents/c/1/0/0/0/0", "statistics": "parts/000001.npz", "record": "parts/000001.json"}[damage]
+    places = {"statistics": "parts/000001.npz", "record": "parts/000001.json"}
+    place = places.get(damage, "latents/c/1/0/0/0/0")
     if damage == "statistics":
         (folder / place).unlink()
+    elif damage == "bit":
+        data = bytearray((folder / place).read_bytes())
+        data[7] ^= 1
+        (folder / place).write_bytes(data)
     else:
         os.truncate(folder / place, 100)
     growing.put(2, "c")
