@@ -341,7 +341,9 @@ class Workspace:
         if data is None:
             return None
         started = _parsed(data, f"{self.place}/{key}/started.json")
-        if {key: type(value) for key, value in started.items()} != {"name": str, "recipe": dict, "inputs": dict}:
+        fields = {key: type(value) for key, value in started.items()}
+        # The folder is called by the digest of the recipe, so that no damage in one goes unseen.
+        if fields != {"name": str, "recipe": dict, "inputs": dict} or recipe_id(started["recipe"]) != id:
             raise CorruptData(
                 f"{self.place}/{key}/started.json does not say what was begun there", f"rm -r {self.place}/{key}"
             )

@@ -205,7 +205,16 @@ def test_a_reference_never_leads_out_of_the_workspace(id: Any, workspace: Worksp
         workspace.resolve("dit/mine")
 
 
-@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"name": 1, "recipe": {}, "inputs": {}}'])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"name": 1, "recipe": {}, "inputs": {}}',
+        b'{"name": "mine", "recipe": {"kind": "dit", "config": {"dit": {"lr": 9}}, "inputs": {}}, "inputs": {}}',
+    ],
+)
 def test_damaged_beginnings_are_named_with_the_way_out(data: bytes, workspace: Workspace) -> None:
     begun = workspace.begin("dit", "mine", recipe(), {})
     (begun.folder / "started.json").write_bytes(data)
