@@ -1,9 +1,10 @@
 """Sampling against the official order of operations: `python tests/bench/bench_sampling.py`.
 
 Ours is the production `sample_ode`; the other is `official_order.py` with the same weights: both branches of guidance
-on a doubled batch in every step. 50 points of the time grid, shift 6.93, guidance inside [0.1, 0.7]; autoguidance at all times by a smaller model, without a doubled batch on either side; and no guidance. The
-latents are shown to be equal first, within 1e-4 of their largest number. Medians of interleaved rounds, in one process;
-it wants a machine that does nothing else.
+on a doubled batch in every step. 50 points of the time grid, shift 6.93, guidance inside [0.1, 0.7]; autoguidance at
+all times by a smaller model, without a doubled batch on either side; no guidance. The latents are shown to be equal
+first, within 1e-4 of their largest number. Medians of interleaved rounds, in one process; it wants a machine that does
+nothing else.
 """
 
 import argparse
