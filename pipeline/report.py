@@ -17,6 +17,7 @@ from rae.pipeline.plan import STAGES, Pipeline
 from rae.pipeline.report_charts import Floats, level_chart, loss_chart, rate_chart, smoothing_window, uses_log
 from rae.pipeline.report_facts import Facts, collect, cost, in_one_unit, lineage, machines, seconds
 from rae.pipeline.report_images import PIXELATED_UP_TO, read_gallery, read_noise_grid, read_pairs
+from rae.pipeline.report_lineage import lineage_picture
 from rae.store.errors import RaeError
 from rae.store.manifest import Json
 from rae.store.publish import replace_bytes
@@ -77,6 +78,7 @@ def describe(facts: Facts) -> Json:
         "machines": machines(facts),
         "yaml": to_yaml(config),
         "lineage": lineage(facts),
+        "lineage_picture": lineage_picture([facts.made[one.kind] for one in facts.stages if one.kind in facts.made]),
     }
 
 

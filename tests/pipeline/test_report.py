@@ -337,7 +337,7 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path: Path, done: int
         assert row
         assert (row[1] == "not done yet") == (place >= done)
     assert ("Missing: train-dit has not run yet. Next: rae train-dit quickstart" in parsed.text) == (done in (2, 3))
-    assert len([tag for tag, _ in parsed.tags if tag == "svg"]) == 2 * max(0, min(done, 4) - 2)
+    assert len([tag for tag, _ in parsed.tags if tag == "svg"]) == 2 * max(0, min(done, 4) - 2) + (done > 0)
     assert len(parsed.pictures("sample ")) == (100 if done > 4 else 0)
 
 
@@ -397,3 +397,14 @@ def test_pictures_of_other_levels_than_the_scores_are_named(tmp_path: Path) -> N
 def test_the_report_needs_no_torch() -> None:
     code = "import sys, rae.pipeline.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_lineage_is_drawn_with_a_box_for_each_artifact_and_a_line_for_each_input(full: Pipeline, page: str) -> None:
+    picture = page[page.index('aria-label="What was made from what"') :].partition("</svg>")[0]
+    made = [artifact for artifact in full.workspace.artifacts() if artifact.id in picture]
+    refs = {artifact.ref for artifact in made}
+    lines = [
+        one for artifact in made for one in artifact.manifest.inputs.values() if f"{one['kind']}/{one['id']}" in refs
+    ]
+    assert picture.count("<rect") == len(made) > 4
+    assert picture.count("<path") == len(lines) > 0
