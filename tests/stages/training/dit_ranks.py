@@ -179,7 +179,7 @@ def main(out, names):
                 folder.mkdir()
                 write(folder)
 
-            job = Job(out / name, milestones=frozenset({5}), publish=publish)
+            job = Job(out / name, milestones=frozenset({min(5, section.steps)}), publish=publish)
             if name == "fsdp2_resumed":
                 job = half_done(out / "fsdp2", job, ranks)
             if name == "fsdp2_taken_over":  # from one process
