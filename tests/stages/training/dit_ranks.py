@@ -72,8 +72,7 @@ RUNS = {
     "fsdp2_full_disk": {"parallel": "fsdp2"},
     "fsdp2_resumed": {"parallel": "fsdp2"},
     "fsdp2_taken_over": {"parallel": "fsdp2"},
-    "compiled": {"compile": True, "steps": 4},
-    "fsdp2_compiled": {"compile": True, "parallel": "fsdp2", "steps": 4},
+    "compiled": {"compile": True, "steps": 5},
 }
 
 
