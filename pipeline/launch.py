@@ -17,13 +17,13 @@ from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, TypeVar
 
 from rae.store.errors import ConfigError, MissingInput, PartialResult, RaeError
-from rae.store.manifest import Json
 
 if TYPE_CHECKING:
     from distributed import Client
 
     from rae.stages.job import Spread
     from rae.stages.training.ranks import Ranks
+    from rae.store.manifest import Json  # which loads an array library, and `rae --help` comes by here
 
 Unit = Callable[[str, int], None]  # does the unit of work of a number on a device
 _UNITS_IN_FLIGHT = 256  # more than there are workers; a million parts need no million futures
@@ -102,7 +102,7 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else device
 
 
-def provenance(device: str, crew: Crew) -> Json:
+def provenance(device: str, crew: Crew) -> "Json":
     """What of this machine a reader of the manifest may want to know."""
     import torch
 

@@ -264,7 +264,7 @@ def test_a_workspace_that_is_a_file(command: str, rae: Rae) -> None:
     rae.verb(command).refused(3, f"the workspace {rae.workspace} cannot be read")
     rae("status", "-w", rae.workspace).refused(3, "cannot be read")
     rae("inspect", "dit/tiny", "-w", rae.workspace).refused(3, "cannot be read")
-    rae("status", "-w", "s3://bucket/rae").refused(2, "is a URL")
+    rae("status", "-w", "ftp://host/rae").refused(2, "is no place that artifacts can lie in")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads and writes what it has no permission for")
