@@ -147,9 +147,10 @@ def load_autoencoder(
     found by the name it had in training. A `timm:NAME` encoder needs the file `encoder_weights`, as in the
     configuration's `encode.weights`. Raises `StaleInput` if it is another encoder than the decoder's.
     """
+    from rae.stages.models.compatible import check_compatible
     from rae.stages.models.encoders import describe, load_encoder
     from rae.stages.models.own_encoder import own_encoder
-    from rae.stages.models.trained import Autoencoder, check_compatible
+    from rae.stages.models.trained import Autoencoder
     from rae.stages.models.weights import locate_encoder
 
     decoder = load_decoder(ref, workspace, device=device)
@@ -188,7 +189,7 @@ def sample(
     else; `ConfigError` for a label that the transformer does not know, or options that do not fit.
     """
     from rae.pipeline.config import validated
-    from rae.stages.models.trained import check_compatible, check_guide
+    from rae.stages.models.compatible import check_compatible, check_guide
     from rae.stages.sample import draw_all
     from rae.stages.sections import SampleSection
 

@@ -12,7 +12,8 @@ from rae.pipeline.plan import Pipeline
 from rae.stages.job import Beginning
 from rae.stages.models.model_folder import read_json
 from rae.stages.sections import SampleSection
-from rae.stages.training.sections import TrainDecoderSection, TrainDitSection, TrainingSection
+from rae.stages.training.section import TrainingSection
+from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
 from rae.store.artifacts import Workspace
 from rae.store.errors import ConfigError, MissingInput, StaleInput
 from rae.store.manifest import Artifact, Json, differing_fields, recipe_id

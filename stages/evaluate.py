@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from rae.stages.job import NOTHING, Job, Result
+from rae.stages.models.compatible import check_compatible
 from rae.stages.models.encoders import describe, load_encoder
 from rae.stages.models.perceptual import EncoderDistance, LpipsDistance, build_perceptual
 from rae.stages.models.pixels import to_uint8, to_unit
-from rae.stages.models.trained import Autoencoder, Decoder, check_compatible
+from rae.stages.models.trained import Autoencoder, Decoder
 from rae.stages.models.weights import EncoderSource
 from rae.stages.scoring.extractor_files import locate_extractor
 from rae.stages.scoring.extractors import Extractor

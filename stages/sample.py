@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from rae.stages.job import NOTHING, Job, Result
+from rae.stages.models.compatible import check_compatible, check_guide
 from rae.stages.models.pixels import rounded_up, to_uint8
 from rae.stages.models.samplers import Progress, sample_ode
 from rae.stages.models.sde import sample_sde
-from rae.stages.models.trained import Decoder, Dit, check_compatible, check_guide
+from rae.stages.models.trained import Decoder, Dit
 from rae.stages.sections import SampleSection
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks

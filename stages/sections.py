@@ -95,6 +95,7 @@ class EncodeSection(Section):
         return self
 
 
+# Which samplers an option of `sample` is for.
 _SAMPLERS_OF = {
     "num_steps": ("euler", "heun", "sde"),
     "atol": ("adaptive",),

@@ -25,7 +25,7 @@ from rae.stages.training.adversarial import AdversarialLearner, augment_draws
 from rae.stages.training.beginning import begin_decoder
 from rae.stages.training.dry_run import Training
 from rae.stages.training.feeds import Feed, OnlineFeed, StoredFeed
-from rae.stages.training.loop import Learner, Trainee
+from rae.stages.training.learner import Learner, Trainee
 from rae.stages.training.optimizer import steps_per_epoch
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks

@@ -18,7 +18,7 @@ from rae.stages.models.transport import Transport, auto_shift, create_transport
 from rae.stages.training.beginning import begin_dit
 from rae.stages.training.dry_run import Training
 from rae.stages.training.ema import PowerEMAs
-from rae.stages.training.loop import Learner
+from rae.stages.training.learner import Learner
 from rae.stages.training.online import Evaluation
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks

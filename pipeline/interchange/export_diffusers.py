@@ -42,9 +42,10 @@ def export_diffusers(
         StaleInput: another encoder or other latents than the decoder's, or other files of these names are in `out`.
     """
     from rae.stages.models.autoencoder_rae import build_autoencoder_rae
+    from rae.stages.models.compatible import check_compatible
     from rae.stages.models.decoder import ViTDecoder
     from rae.stages.models.encoders import describe, load_encoder
-    from rae.stages.models.trained import Decoder, check_compatible
+    from rae.stages.models.trained import Decoder
 
     artifact = workspace.resolve(ref)
     if artifact.kind != "decoder":
@@ -99,7 +100,8 @@ def _read_stats(artifact: Artifact, decoder: "Decoder") -> "tuple[Tensor, Tensor
     """(mean, var) [C, H, W] of the decoder's tokens: of latents, of a dit, or beside the decoder if it has them."""
     import torch
 
-    from rae.stages.models.trained import Dit, check_compatible, read_encoder, read_latent_stats
+    from rae.stages.models.compatible import check_compatible
+    from rae.stages.models.trained import Dit, read_encoder, read_latent_stats
     from rae.store.latents import LatentStore
 
     if artifact.kind == "decoder":

@@ -18,7 +18,7 @@ from rae.stages.models.diffaug import DRAWS, diff_augment
 from rae.stages.models.discriminator import Discriminator
 from rae.stages.models.gan_losses import adaptive_weight, discriminator_loss, generator_loss
 from rae.stages.training.checkpoints import Groups
-from rae.stages.training.loop import Batch, NonFinite, Trainee, finite, mean_numbers
+from rae.stages.training.learner import Batch, NonFinite, Trainee, finite, mean_numbers
 from rae.stages.training.optimizer import build_optimizer, descend, load_optimizer, optimizer_tensors
 from rae.stages.training.parallel import agree, averaging, spread
 from rae.stages.training.randomness import uniform

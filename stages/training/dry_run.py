@@ -14,11 +14,12 @@ from torch import nn
 
 from rae.stages.job import Job, Result
 from rae.stages.models.payload import Payload
-from rae.stages.training.loop import Batch, Trainee, train
+from rae.stages.training.learner import Batch, Trainee
+from rae.stages.training.loop import train
 from rae.stages.training.online import Evaluation
 from rae.stages.training.optimizer import steps_per_epoch, total_steps
 from rae.stages.training.ranks import Ranks
-from rae.stages.training.sections import TrainingSection
+from rae.stages.training.section import TrainingSection
 from rae.store.errors import ConfigError
 from rae.store.manifest import Json
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rae.stages.training.parallel import laid_as, whole
-from rae.stages.training.sections import TrainingSection
+from rae.stages.training.section import TrainingSection
 from rae.store import order
 from rae.store.errors import ConfigError, StaleInput
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rae.stages.training.ranks import Ranks
-from rae.stages.training.sections import Parallel
+from rae.stages.training.section import Parallel
 
 State = Mapping[str, Tensor]
 

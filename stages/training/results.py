@@ -17,7 +17,7 @@ from rae.stages.training.ema import EMA, PowerEMAs
 from rae.stages.training.metrics_log import Meter
 from rae.stages.training.parallel import gathered
 from rae.stages.training.ranks import Ranks
-from rae.stages.training.sections import TrainingSection
+from rae.stages.training.section import TrainingSection
 from rae.store.errors import ConfigError
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rae.stages.models.dit import DiTConfig, DiTDH
 from rae.stages.models.sizes import DIT_SIZES
 from rae.stages.models.transport import auto_shift, create_transport
-from rae.stages.training.loop import Learner
+from rae.stages.training.learner import Learner
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks
 from rae.stages.training.sections import TrainDitSection

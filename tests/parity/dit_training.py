@@ -12,9 +12,9 @@ from parity.fixture import below, close, close_after_training, read
 from parity.schedule import schedule_from_official
 from rae.stages.models.dit import build_dit
 from rae.stages.models.transport import create_transport
-from rae.stages.training.loop import Learner
+from rae.stages.training.learner import Learner
 from rae.stages.training.ranks import Ranks
-from rae.stages.training.sections import TrainingSection
+from rae.stages.training.section import TrainingSection
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def test_a_memory_that_does_not_suffice_is_said_in_a_sentence(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("rae.stages.training.loop.descend", full)
+    monkeypatch.setattr("rae.stages.training.learner.descend", full)
     rae = rae_with("shards", "latents")
     rae.verb("train-dit", "--dry-run").refused(2, "`batch_size` 8", "does not fit the memory of cpu", "grad_checkpoint")
 

@@ -11,17 +11,10 @@ import torch
 import rae as api
 from rae.stages import sample
 from rae.stages.job import Job
+from rae.stages.models.compatible import check_compatible, check_guide
 from rae.stages.models.decoder import DecoderConfig, ViTDecoder
 from rae.stages.models.dit import DiTConfig, build_dit
-from rae.stages.models.trained import (
-    Decoder,
-    Dit,
-    DitDescription,
-    check_compatible,
-    check_guide,
-    save_decoder,
-    save_dit,
-)
+from rae.stages.models.trained import Decoder, Dit, DitDescription, save_decoder, save_dit
 from rae.stages.sample import choose_labels, draw, draw_all, run
 from rae.stages.sections import SampleSection
 from rae.stages.training import randomness

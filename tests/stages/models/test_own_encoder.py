@@ -250,7 +250,7 @@ def test_the_same_name_from_two_packages_is_refused(
 
 
 def test_stale_input_names_what_changed() -> None:
-    from rae.stages.models.trained import check_compatible
+    from rae.stages.models.compatible import check_compatible
 
     one, other = (describe(load_encoder(own_encoder(Patches(seed)), 32)) for seed in (0, 1))
     check_compatible(one, one)

@@ -22,7 +22,8 @@ from rae.stages.models.dit import DiTConfig, DiTDH
 from rae.stages.models.payload import Payload
 from rae.stages.models.transport import create_transport
 from rae.stages.training.ema import PowerEMAs
-from rae.stages.training.loop import Learner, train
+from rae.stages.training.learner import Learner
+from rae.stages.training.loop import train
 from rae.stages.training.parallel import gathered
 from rae.stages.training.randomness import normal, uniform
 from rae.stages.training.ranks import Ranks

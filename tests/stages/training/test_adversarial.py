@@ -21,7 +21,8 @@ from rae.stages.models.discriminator import DinoDiscriminator
 from rae.stages.models.payload import Payload
 from rae.stages.training.adversarial import AdversarialLearner, augment_draws
 from rae.stages.training.checkpoints import load
-from rae.stages.training.loop import Learner, train
+from rae.stages.training.learner import Learner
+from rae.stages.training.loop import train
 from rae.stages.training.metrics_log import read
 from rae.stages.training.ranks import Ranks
 from rae.stages.training.sections import TrainDecoderSection

@@ -11,7 +11,7 @@ from rae.stages.training.optimizer import (
     steps_per_epoch,
     total_steps,
 )
-from rae.stages.training.sections import TrainingSection
+from rae.stages.training.section import TrainingSection
 from rae.store.errors import ConfigError, StaleInput
 
 # The rate of each step of the official recipes, from `parity/dit_training.safetensors` (io/lrs) and

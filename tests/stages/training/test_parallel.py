@@ -15,7 +15,7 @@ from rae.stages.job import Job
 from rae.stages.models.power_ema import find_snapshots
 from rae.stages.models.saving import read_tensors
 from rae.stages.training.checkpoints import find_model, load
-from rae.stages.training.loop import Learner
+from rae.stages.training.learner import Learner
 from rae.stages.training.metrics_log import read
 from rae.stages.training.ranks import Ranks
 from rae.stages.training.sections import TrainDecoderSection, TrainDitSection

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from rae.stages.job import Job
 from rae.stages.training.adversarial import AdversarialLearner
-from rae.stages.training.loop import Learner, NonFinite, train
+from rae.stages.training.learner import Learner, NonFinite
+from rae.stages.training.loop import train
 from rae.stages.training.metrics_log import read
 from rae.stages.training.ranks import Ranks
-from rae.stages.training.sections import TrainDecoderSection, TrainDitSection, TrainingSection
+from rae.stages.training.section import TrainingSection
+from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
 from tests.conftest import Rae
 from tests.stages.training import small_gan
 from tests.stages.training.test_loop import PAYLOAD, ROWS, SECTION, Points, assert_same, learner_of, loss, points
@@ -201,17 +203,17 @@ def test_patience_stands_in_a_recipe_if_there_is_any(section: TrainingSection) -
 def test_a_trainer_skips_as_its_section_says(
     verb: str, kind: str, rae_with: Callable[..., Rae], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rae.stages.training import loop
+    from rae.stages.training import learner
 
     steps = iter(range(1, 100))
-    descend = loop.descend
+    descend = learner.descend
 
     def spoilt(optimizer: Any, model: nn.Module, *given: Any) -> float:
         if next(steps) in (2, 3):
             next(model.parameters()).grad = torch.full_like(next(model.parameters()), math.inf)
         return descend(optimizer, model, *given)
 
-    monkeypatch.setattr(loop, "descend", spoilt)
+    monkeypatch.setattr(learner, "descend", spoilt)
     section = verb.replace("-", "_")
     rae = rae_with("shards", "latents")
     ran = rae.verb(verb, "-s", f"{section}.max_skipped_steps=2").succeeded()

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from rae.stages.job import Job
 from rae.stages.models.payload import Payload
-from rae.stages.training.loop import Learner, train
+from rae.stages.training.learner import Learner
+from rae.stages.training.loop import train
 from rae.stages.training.randomness import normal
 from rae.stages.training.ranks import Ranks
-from rae.stages.training.sections import TrainingSection
+from rae.stages.training.section import TrainingSection
 from rae.store.errors import PartialResult, RaeError
 from rae.store.order import GlobalShuffle, batch_rows
 
