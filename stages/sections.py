@@ -14,8 +14,8 @@ class ShardsSection(Section):
     """Where images come from, and how they become webdataset shards.
 
     `train` and `val` are each a source: `digits` (scikit-learn's), a folder of images or of class folders, a parquet
-    file or folder, a folder of CIFAR-10's binary files, or webdataset tars (`data/train-{0000..0099}.tar`), which are
-    used where they lie.
+    file or folder, a folder of CIFAR-10's binary files, or webdataset tars (`data/train-{0000..0099}.tar`, also at
+    `s3://`, `gs://`, `az://` and `https://`), which are used where they lie.
     """
 
     train: Location = None

@@ -1,4 +1,7 @@
-"""Objects of S3, GCS or Azure, through obstore: what `rae.store.remote` promises, kept with conditional requests."""
+"""Objects of S3, GCS or Azure, through obstore: what `rae.store.remote` promises, kept with conditional requests.
+
+A web server's files (http, https) can be read as well.
+"""
 
 import contextlib
 import datetime
@@ -128,6 +131,16 @@ class Bucket:
             return None
         return float(found["last_modified"].timestamp())
 
+    def version(self, key: str) -> tuple[int, str] | None:
+        """An object's size in bytes, and what changes with its content; None if there is none."""
+        import obstore
+
+        try:
+            found = self._ask(key, lambda: obstore.head(self._store, key))
+        except FileNotFoundError:
+            return None
+        return int(found["size"]), str(found["e_tag"] or found["last_modified"])
+
     def remove(self, key: str) -> None:
         import obstore
 
@@ -154,7 +167,7 @@ class Bucket:
             },
         }
         client: Any = {"connect_timeout": "10s", "timeout": "120s", "pool_max_idle_per_host": "64"}
-        if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        if any(url.startswith("http://") for url in (self.place, os.environ.get("AWS_ENDPOINT_URL", ""))):
             client["allow_http"] = True
         with self._translated(""):
             return from_url(self.place, client_options=client, retry_config=retries)
@@ -191,9 +204,11 @@ class Bucket:
         except exceptions.AlreadyExistsError as error:
             raise FileExistsError(where) from error
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
-            raise MissingInput(
-                f"{where}: access is refused; are the credentials in the environment (AWS_ACCESS_KEY_ID, ...) for it?"
-            ) from error
+            hint = "are the credentials in the environment (AWS_ACCESS_KEY_ID, ...) for it?"
+            hint = "it must be public" if self.place.startswith("http") else hint
+            raise MissingInput(f"{where}: access is refused; {hint}") from error
+        except exceptions.NotSupportedError as error:
+            raise MissingInput(f"{where}: the server answers no requests for ranges of a file") from error
         except (exceptions.UnknownConfigurationKeyError, exceptions.InvalidPathError) as error:
             raise ConfigError(f"{where} can't be opened ({_reason(error)})") from error
         except exceptions.BaseError as error:

@@ -9,11 +9,17 @@ from rae.store.errors import CorruptData
 def read_classes(path: Path) -> tuple[str, ...] | None:
     """The names in `path`, or None if there is no such file. Raises `CorruptData` if it is no list of names."""
     try:
-        names = json.loads(path.read_bytes())
+        return parse_classes(path.read_bytes(), str(path))
     except FileNotFoundError:
         return None
+
+
+def parse_classes(data: bytes, where: str) -> tuple[str, ...]:
+    """The names in the bytes of a file that lies at `where`; raises as `read_classes` does."""
+    try:
+        names = json.loads(data)
     except ValueError as error:
-        raise CorruptData(f"{path} is not JSON: {error}") from error
+        raise CorruptData(f"{where} is not JSON: {error}") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CorruptData(f"{path} is not a list of class names")
+        raise CorruptData(f"{where} is not a list of class names")
     return tuple(names)

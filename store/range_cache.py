@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 import weakref
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -102,8 +103,9 @@ def range_folder() -> Path:
     return cache_folder() / "ranges" / boot
 
 
-def open_budget() -> Budget:
-    """The budget that the environment sets; `ConfigError` if it is no number."""
+@cache
+def shared_budget(folder: Path) -> Budget:
+    """What this process may keep in `folder`, one of `range_folder`; `ConfigError` if RAE_CACHE_GB is no number."""
     text = os.environ.get("RAE_CACHE_GB", "100")
     try:
         limit = float(text)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from rae.store.errors import ConfigError, CorruptData, StaleInput
 from rae.store.publish import make_folder, publish_bytes, publish_file, replace_bytes, temporary_name
@@ -91,12 +91,7 @@ def open_objects(place: str | Path) -> ObjectStore:
     """The folder or bucket at a path or a URL; `ConfigError` for a URL of another kind, or with credentials in it."""
     if not is_url(place):
         return LocalFolder(Path(place))
-    url = urlsplit(str(place))
-    if url.username or url.password or url.query:
-        raise ConfigError(
-            f"the URL {url.scheme}://{url.hostname}{url.path} carries credentials or a query; credentials come from the"
-            " environment (AWS_ACCESS_KEY_ID, ...)"
-        )
+    url = check_url(str(place))
     if url.scheme == "file":
         return LocalFolder(Path(url.path))
     if url.scheme not in SCHEMES or not url.netloc:
@@ -105,6 +100,17 @@ def open_objects(place: str | Path) -> ObjectStore:
     from rae.store.bucket import Bucket  # which costs nothing to those who use none
 
     return Bucket(str(place).rstrip("/"))
+
+
+def check_url(text: str) -> SplitResult:
+    """The parts of a URL; `ConfigError`, which does not repeat them, if there are credentials or a query in it."""
+    url = urlsplit(text)
+    if url.username or url.password or url.query:
+        raise ConfigError(
+            f"the URL {url.scheme}://{url.hostname}{url.path} carries credentials or a query; credentials come from the"
+            " environment (AWS_ACCESS_KEY_ID, ...)"
+        )
+    return url
 
 
 @dataclass(frozen=True)

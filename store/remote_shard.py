@@ -2,8 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from threading import Lock
 
 import numpy as np
@@ -13,7 +11,7 @@ from rae.store.errors import CorruptData
 from rae.store.formats import StoredArray
 from rae.store.layout import LatentLayout
 from rae.store.mirror import Mirror
-from rae.store.range_cache import Budget, RangeFile, open_budget, range_folder
+from rae.store.range_cache import RangeFile, range_folder, shared_budget
 from rae.store.zarr_shard import Shard, index_size
 
 Chunk = tuple[int, int]  # row of the shard, view
@@ -93,9 +91,4 @@ def open_remote_shard(mirror: Mirror, layout: LatentLayout, number: int, array: 
 
 def _range_file(mirror: Mirror, key: str, size: int, chunks: int) -> RangeFile:
     place = hashlib.sha256(f"{mirror.objects.place}/{mirror.key}".encode()).hexdigest()[:16]
-    return RangeFile(range_folder() / place / key.replace("/", "."), size, chunks, _budget(range_folder()))
-
-
-@cache
-def _budget(folder: Path) -> Budget:
-    return open_budget()
+    return RangeFile(range_folder() / place / key.replace("/", "."), size, chunks, shared_budget(range_folder()))

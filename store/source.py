@@ -61,12 +61,12 @@ class Keys(Sequence[str]):
 class SourceShard:
     """A run of consecutive samples with one digest: a tar, or a folder of images.
 
-    `first` is the row of its first sample. `sha256` is a tar's own; for a folder it covers the label, and the sorted
-    (relative path, sha256) of its files.
+    `path` may be a URL. `first` is the row of its first sample. `sha256` is a tar's own; for a folder it covers the
+    label, and the sorted (relative path, sha256) of its files.
     """
 
     name: str
-    path: Path
+    path: Path | str
     sha256: str
     samples: int
     first: int

@@ -5,7 +5,6 @@ and the rest of the name, in lower case, says what the member is.
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from rae.store.errors import CorruptData
 from rae.store.source import REASONS, Keys
+from rae.store.tars import Tar
 
 SCHEMA = 1
 _BLOCK = 512
@@ -81,9 +81,17 @@ class TarIndex:
 
 
 def read_index(path: Path) -> tuple[tuple[str, ...] | None, dict[str, TarIndex]]:
+    """What `parse_index` finds in a file; nothing if there is none."""
+    try:
+        return parse_index(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        return None, {}
+
+
+def parse_index(data: bytes, where: str) -> tuple[tuple[str, ...] | None, dict[str, TarIndex]]:
     """The class names and the tars (by name) of an index.json of `rae shards`; nothing for another tool's file.
 
-    Raises `CorruptData` if the file is ours and can't be right.
+    Raises `CorruptData` if the file, which lies at `where`, is ours and can't be right.
     """
 
     def compact(node: dict[str, Any]) -> Any:
@@ -91,47 +99,45 @@ def read_index(path: Path) -> tuple[tuple[str, ...] | None, dict[str, TarIndex]]
         return (node["name"], TarIndex.from_json(node)) if "offsets" in node and "sha256" in node else node
 
     try:
-        document = json.loads(path.read_bytes(), object_hook=compact)
+        document = json.loads(data, object_hook=compact)
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
             return None, {}
         classes, shards = document["classes"], dict(document["shards"])
         if not all(isinstance(index, TarIndex) for index in shards.values()):
             raise TypeError("an entry of `shards` lists no offsets")
         return tuple(map(str, classes)) if classes is not None else None, shards
-    except FileNotFoundError:
-        return None, {}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-        raise CorruptData(f"{path} is not a readable index of shards: {error}", f"rm {path}") from error
+        raise CorruptData(f"{where} is not a readable index of shards: {error}", f"rm {where}") from error
 
 
-def scan_tar(path: Path, selection: Selection) -> TarIndex:
-    """Read `path` once, front to back: its digest, its samples, their labels.
+def scan_tar(tar: Tar, selection: Selection) -> TarIndex:
+    """Read a tar once, front to back: its digest, its samples, their labels.
 
     A tar that ends early, or whose headers turn to noise, gives the samples before that point; exactly one row, the
     sample that was cut or else one under the tar's own name, then says "truncated tar" or "damaged tar". Raises
     `CorruptData` for a file that is no tar at all.
     """
-    with _HashedReader(path) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        groups = _Groups(selection, size)
-        end, is_clean = 0, True
-        if size >= _BLOCK:
-            try:
-                # As a stream, so that hashing costs no second read and no header can send us backwards.
-                with tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK) as archive:
-                    end, is_clean = _walk(archive, size, groups)
-            except _DAMAGE as error:
-                raise CorruptData(f"{path} is not a tar file: {error}") from error
-        stream.drain()
-        tail = os.pread(stream.fileno(), _BLOCK, min(end, size))
+    size, opened = tar.stamp()[0], tar.open()
+    stream, groups = _HashedReader(opened.blocks()), _Groups(selection, size)
+    end, is_clean = 0, True
+    if size >= _BLOCK:
+        try:
+            # As a stream, so that hashing costs no second read and no header can send us backwards.
+            with tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK) as archive:  # type: ignore[call-overload]
+                end, is_clean = _walk(archive, size, groups)
+        except _DAMAGE as error:
+            raise CorruptData(f"{tar} is not a tar file: {error}") from error
+    stream.drain()
+    tail = opened.read_at(min(end, size), _BLOCK)
     broken = "" if is_clean and tail == bytes(_BLOCK) else "damaged tar" if len(tail) == _BLOCK else "truncated tar"
-    return groups.finish(path.name, stream.digest.hexdigest(), broken)
+    return groups.finish(tar.name, stream.digest.hexdigest(), broken)
 
 
-def member_suffixes(path: Path, limit: int = 100) -> list[str]:
+def member_suffixes(tar: Tar, limit: int = 100) -> list[str]:
     """What the first members of a tar are (`jpg`, `json`): to say in a message what was found instead."""
-    with tarfile.open(path, "r|") as archive:
-        members = islice(_regular(archive, path.stat().st_size), limit)
+    stream = _HashedReader(tar.open().blocks())
+    with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
+        members = islice(_regular(archive, tar.stamp()[0]), limit)
         return sorted({split[1] for split in map(_split, members) if split is not None})
 
 
@@ -145,21 +151,24 @@ def parse_number(text: bytes | str, classes: Sequence[str] | None) -> int:
     return number if -1 <= number < 1 << 63 else _UNREADABLE
 
 
-class _HashedReader(io.FileIO):
-    """A file read once, front to back, and hashed on the way."""
+class _HashedReader:
+    """Blocks read once, front to back, and hashed on the way."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._rest = blocks, b""
         self.digest = hashlib.sha256()
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(size) or b""
-        self.digest.update(data)
+    def read(self, size: int) -> bytes:
+        while len(self._rest) < size and (block := next(self._blocks, None)) is not None:
+            self.digest.update(block)
+            self._rest += block
+        data, self._rest = self._rest[:size], self._rest[size:]
         return data
 
     def drain(self) -> None:
-        while self.read(_CHUNK):
-            pass
+        """See the rest."""
+        for block in self._blocks:
+            self.digest.update(block)
 
 
 def _split(member: tarfile.TarInfo) -> tuple[str, str] | None:

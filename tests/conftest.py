@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 import yaml
 
-from loopback import S3
+from loopback import S3, WebServer
 
 TINY: dict[str, dict[str, Any]] = {
     "shards": {"train": "digits", "limit": 120, "val_fraction": 0.2, "samples_per_shard": 24},
@@ -290,3 +290,14 @@ def s3(s3_server: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3:
     s3_server.cache = tmp_path / "cache"
     monkeypatch.setenv("RAE_CACHE", str(s3_server.cache))
     return s3_server
+
+
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
+    """A web server on loopback for the files of an empty folder, and an empty cache of this test's own."""
+    monkeypatch.setenv("RAE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "web"
+    folder.mkdir()
+    server = WebServer(folder)
+    yield server
+    server.close()

@@ -1,11 +1,14 @@
-"""An S3 server on loopback: moto's, in a thread of this process, with credentials that nothing may repeat."""
+"""Servers on loopback, in threads of this process: S3 (moto's), with credentials that nothing may repeat, and a web
+server."""
 
 import itertools
 import logging
+import re
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -100,6 +103,57 @@ class S3:
                 return [b"<Error><Code>SlowDown</Code></Error>"]
         answer: Iterable[bytes] = self._moto(environ, start_response)
         return answer
+
+
+class WebServer:
+    """Serves the files of a folder, and ranges of them unless `ranges` is false; `sent_bytes` counts what went out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ranges, self.sent_bytes = folder, True, 0
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self) -> None:
+                server.answer(self)
+
+            do_GET = do_HEAD  # noqa: N815 (the library's name)
+
+            def log_message(self, *words: object) -> None:
+                """Nobody reads it."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = self.folder / request.path.lstrip("/")
+        if not path.is_file():
+            request.send_response(404)
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        data, size = path.read_bytes(), path.stat().st_size
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
+        if match and self.ranges:
+            start, end = int(match[1]), min(int(match[2]) + 1, size)
+            data = data[start:end]
+            request.send_response(206)
+            request.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
+        else:
+            request.send_response(200)
+        request.send_header("Content-Length", str(len(data)))
+        request.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(data)
+            self.sent_bytes += len(data)
 
 
 class Proxy:

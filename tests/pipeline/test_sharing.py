@@ -192,3 +192,17 @@ def test_python_opens_latents_where_they_lie(trained: Rae, s3) -> None:
     assert there.manifest == here.manifest
     for one, other in zip(there.batches(8, seed=0, epoch=1), here.batches(8, seed=0, epoch=1), strict=True):
         np.testing.assert_array_equal(one["latent"], other["latent"])
+
+
+def test_images_in_a_bucket_and_on_a_web_server_make_the_same_artifacts(finished: Rae, rae: Rae, s3, web) -> None:
+    place, shards = s3.place(), Workspace(finished.workspace).resolve("shards/tiny").payload
+    for path in shards.iterdir():
+        (web.folder / path.name).write_bytes(path.read_bytes())
+        open_objects(place).create(path.name, path.read_bytes())
+    numbers = [f"{{0000..{len(list(shards.glob(f'{name}-*.tar'))) - 1:04d}}}" for name in ("train", "val")]
+    sets = f"shards.train={place}/train-{numbers[0]}.tar", f"shards.val={web.url}/val-{numbers[1]}.tar"
+    rae.verb("run", "-s", sets[0], "-s", sets[1], "-s", "shards.val_fraction=0").succeeded()
+    for kind in ("latents", "decoder", "scores"):
+        assert rae.content(kind) == finished.content(kind), kind
+    assert not list(rae.workspace.glob("objects/shards/*"))
+    rae("inspect", "latents/tiny", "-w", rae.workspace).succeeded()
