@@ -170,10 +170,10 @@ def _workers(crew: Crew) -> Iterator["Client"]:
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // crew.processes))
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         options = {"threads_per_worker": 1, "env": environment, "dashboard_address": "127.0.0.1:0"}
-        # Ctrl-C reaches all processes of a terminal, and it is this one that says when workers stop: what the cluster's
-        # thread starts, now or later, inherits that SIGINT is blocked.
-        resource_tracker.ensure_running()  # which would unblock it
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C reaches all processes of a terminal, SIGUSR1 all of a batch system's job, and it is this one that says
+        # when workers stop: what the cluster's thread starts, now or later, inherits that both are blocked.
+        resource_tracker.ensure_running()  # which would unblock them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
         try:
             cluster = distributed.LocalCluster(n_workers=crew.processes, silence_logs=logging.ERROR, **options)
         finally:

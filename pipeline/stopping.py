@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a stage stops where nothing is lost, a second signal stops at once.
+"""Ctrl-C, SIGTERM and SIGUSR1: a stage stops where nothing is lost, a second signal stops at once.
 
 What is published is whole whenever a process ends; stopping gently only saves the work since the last checkpoint.
 """
@@ -16,7 +16,9 @@ from rae.pipeline.launch import is_main
 from rae.store.errors import Interrupted, PartialResult
 
 _ASKED = b"\nrae: stops as soon as nothing is lost; the next signal stops at once\n"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGUSR1 is what a batch system is told to send ahead of its limit: torchrun passes SIGTERM on, which ranks would get
+# twice, and kills them half a minute later.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
@@ -38,7 +40,7 @@ def as_error(number: int, command: str) -> PartialResult:
     """What a signal means to a person."""
     if number == signal.SIGINT:
         return Interrupted("interrupted; what is done is kept", command)
-    return PartialResult("stopped by SIGTERM; what is done is kept", command)
+    return PartialResult(f"stopped by {signal.Signals(number).name}; what is done is kept", command)
 
 
 class Request:
@@ -59,7 +61,7 @@ class Request:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Within the block, either signal raises `Stopped`."""
+    """Within the block, any of the signals raises `Stopped`."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
@@ -70,7 +72,7 @@ def raised() -> Iterator[None]:
 
 @contextmanager
 def requested(command: str) -> Iterator[Request]:
-    """Within the block, the first signal is a request; the second does what either did before the block."""
+    """Within the block, the first signal is a request; the second does what it did before the block."""
     request = Request(command)
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -85,7 +87,7 @@ def requested(command: str) -> Iterator[Request]:
 
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[Callable[[], None]]:
-    """Both signals go to `handler` until the block ends or the function that it yields is called."""
+    """All signals go to `handler` until the block ends or the function that it yields is called."""
     if threading.current_thread() is not threading.main_thread():  # of a notebook's worker, say: no signals arrive
         yield lambda: None
         return

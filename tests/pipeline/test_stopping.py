@@ -9,10 +9,11 @@ import pytest
 from rae.pipeline.stopping import Stopped, again, as_error, raised, requested
 from rae.store.errors import Interrupted, PartialResult
 
-BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+EACH = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 
 
-@BOTH
+@EACH
 def test_the_first_signal_is_a_request(number: int) -> None:
     with requested("rae run mine") as request:
         request.check()
@@ -25,7 +26,7 @@ def test_the_first_signal_is_a_request(number: int) -> None:
     assert stop.value.next_command == "rae run mine"
 
 
-@BOTH
+@EACH
 def test_the_second_signal_stops_at_once(number: int, capfd: pytest.CaptureFixture[str]) -> None:
     with raised(), requested("rae run mine") as request:
         signal.raise_signal(number)
@@ -36,21 +37,22 @@ def test_the_second_signal_stops_at_once(number: int, capfd: pytest.CaptureFixtu
     assert request.signal == number
 
 
-@BOTH
+@EACH
 def test_a_signal_outside_a_stage_stops(number: int) -> None:
     with raised(), pytest.raises(Stopped):
         signal.raise_signal(number)
     assert isinstance(as_error(signal.SIGINT, ""), Interrupted)
+    assert "stopped by SIGUSR1" in as_error(signal.SIGUSR1, "").message
     assert not issubclass(Stopped, Exception)
 
 
 def test_handlers_are_put_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     with raised(), requested("x"):
         signal.raise_signal(signal.SIGTERM)
     with requested("x"):
         pass
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_in_another_thread_no_signal_arrives_and_nothing_fails() -> None:
