@@ -33,9 +33,16 @@ def evaluate_command(
         typer.Option(help="Instead of scoring: keep these real images' features, for `evaluate.reference`."),
     ] = None,
     images: Annotated[
-        str | None, typer.Option(help="With --make-reference: a folder, tars or FILE.npz, in place of the shards.")
+        str | None,
+        typer.Option(
+            help="A folder, tars or FILE.npz: images to be scored in place of the configuration's own samples; with"
+            " --make-reference, real ones in place of its shards."
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="With --make-reference: what reference/NAME will mean.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="With --images, --make-reference: what scores/NAME, reference/NAME will mean."),
+    ] = None,
     self_test: Annotated[
         bool, typer.Option("--self-test", help="Instead of scoring: compare extractors with stored features.")
     ] = False,
@@ -45,7 +52,7 @@ def evaluate_command(
     restart: Restart = False,
     device: Device = "auto",
 ) -> None:
-    """Score reconstructions and samples; draws the samples if they are missing."""
+    """Score reconstructions and samples, or any images; draws the samples if they are missing."""
     from rae.store.errors import ConfigError
 
     if self_test:
@@ -53,18 +60,22 @@ def evaluate_command(
         return
     if config is None:
         raise ConfigError("say what is to be scored: rae evaluate CONFIG", "rae config ls")
-    if make_reference is None and (images or name):
-        raise ConfigError("`--images` and `--name` say what a reference is made of: give them with --make-reference")
+    if name is not None and make_reference is None and images is None:
+        raise ConfigError("`--name` is for what `--images` or `--make-reference` makes: elsewhere it is -s name=NAME")
     pipeline, options = prepare(config, workspace, overrides, as_json, quiet, restart, device)
-    if make_reference is None:
+    if make_reference is None and images is None:
         run_verb("evaluate", pipeline, options, dry_run)
         return
-    from rae.pipeline import references
+    from rae.pipeline import given_images, references
 
-    if dry_run:
+    if dry_run and make_reference is not None:
         references.say_plan(pipeline, make_reference, images, name, options)
-        return
-    show_outcome(references.make_reference(pipeline, make_reference, images, name, options), options)
+    elif dry_run:
+        given_images.say_plan(pipeline, str(images), name, options)
+    elif make_reference is not None:
+        show_outcome(references.make_reference(pipeline, make_reference, images, name, options), options)
+    else:
+        show_outcome(given_images.score_images(pipeline, str(images), name, options), options)
 
 
 def _self_test(

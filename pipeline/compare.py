@@ -3,7 +3,7 @@
 import difflib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rae.pipeline.console import Console
@@ -14,6 +14,7 @@ from rae.store.manifest import Artifact, Json, canonical
 
 _BETTER = {metric.name: metric.higher_is_better for metric in METRICS}
 _BETTER |= {"psnr_db": True, "ssim": True, "perceptual_distance": False}
+_OF_RECONSTRUCTIONS = ("reconstructions", "perceptual_distance", "reconstruction_reference")  # fields of the protocol
 _NO_SCORES = ("seconds",)  # what the manifest's metrics hold besides
 _SUGGESTED = 3  # more fields than these are no choice that somebody compares
 _ABSENT = object()
@@ -33,7 +34,12 @@ def compare(refs: Sequence[str], excepted: Sequence[str], workspace: Workspace, 
     if len(refs) < 2:
         raise ConfigError("a comparison takes two scores or more: rae compare A B")
     artifacts = [workspace.resolve(ref, "scores") for ref in refs]
-    protocols = [dict(protocol_fields(read_scores(artifact).protocol)) for artifact in artifacts]
+    found = [read_scores(artifact) for artifact in artifacts]
+    protocols = [dict(protocol_fields(scores.protocol)) for scores in found]
+    metrics = [_scores(artifact) for artifact in artifacts]
+    if not all(scores.reconstruction for scores in found):  # images from elsewhere have none: what both have compares
+        protocols = [_without(protocol, _of_reconstructions) for protocol in protocols]
+        metrics = [_without(one, lambda name: name.startswith("reconstruction_")) for one in metrics]
     names = sorted({name for protocol in protocols for name in protocol})
     for field in excepted:
         if not any(_covers(field, name) for name in names):
@@ -42,7 +48,6 @@ def compare(refs: Sequence[str], excepted: Sequence[str], workspace: Workspace, 
     allowed = {name for name in names if any(_covers(field, name) for field in excepted)}
     _check_equal(refs, protocols, [name for name in names if name not in allowed], excepted)
     varying = [name for name in sorted(allowed) if _differ(protocols, name)]
-    metrics = [_scores(artifact) for artifact in artifacts]
     rows = [[name, "", *(_shown(protocol.get(name, _ABSENT)) for protocol in protocols)] for name in varying]
     for name in dict.fromkeys(name for one in metrics for name in one):
         rows.append([name, _direction(name), *(_number(one.get(name)) for one in metrics)])
@@ -73,6 +78,14 @@ def _check_equal(
     if len(differing) <= _SUGGESTED:
         command = shlex.join(["rae", "compare", *refs, *(f"--except={name}" for name in [*excepted, *differing])])
     raise StaleInput(f"these scores were not taken by one protocol, and do not compare ({told})", command)
+
+
+def _without(values: Mapping[str, Any], dropped: Callable[[str], bool]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not dropped(name)}
+
+
+def _of_reconstructions(name: str) -> bool:
+    return any(_covers(field, name) for field in _OF_RECONSTRUCTIONS)
 
 
 def _covers(field: str, name: str) -> bool:

@@ -69,7 +69,7 @@ STAGES = {
         Stage("train_decoder", "decoder", version=3),
         Stage("train_dit", "dit", version=3),
         Stage("sample", "samples", version=3, implied=True),
-        Stage("evaluate", "scores", version=4),
+        Stage("evaluate", "scores", version=5),
     )
 }
 

@@ -1,21 +1,17 @@
 """`rae evaluate --make-reference`: the features of real images that scores are taken against, once for all."""
 
 from pathlib import Path
-from typing import Any
 
-from rae.pipeline import runner
+from rae.pipeline import given_images
 from rae.pipeline.plan import Pipeline, Stage, Task
 from rae.pipeline.runner import Options, Outcome
 from rae.pipeline.tasks import extractor_files
 from rae.stages.job import Job, Result
-from rae.stages.models.weights import digest_file
 from rae.stages.sections import EvaluateSection
 from rae.stages.sources import Split
-from rae.store.errors import ConfigError, MissingInput, RaeError
 from rae.store.manifest import Json
-from rae.store.shards import open_source
 
-_STAGE = Stage("make_reference", "reference", version=1)
+_STAGE = Stage("evaluate --make-reference", "reference", version=1)
 
 
 def make_reference(pipeline: Pipeline, split: Split, images: str | None, name: str | None, options: Options) -> Outcome:
@@ -27,32 +23,21 @@ def make_reference(pipeline: Pipeline, split: Split, images: str | None, name: s
 
     Raises what finding the images or the extractor raises, ConfigError without an image size.
     """
-    try:
-        if images is None:
-            runner.run_stages(pipeline, [stage for stage in pipeline.stages if stage.name == "shards"], options)
-        task = _task(pipeline, split, images)
-        return runner.make(pipeline.workspace, name or f"{pipeline.config.name}-{split}", task, options)
-    except RaeError as error:
-        pipeline.name_in(error)
-        raise
+    name = name or f"{pipeline.config.name}-{split}"
+    return given_images.make(pipeline, name, lambda: _task(pipeline, split, images), options, images is None)
 
 
 def say_plan(pipeline: Pipeline, split: Split, images: str | None, name: str | None, options: Options) -> None:
     """Tell whether the reference would be made; raises as `make_reference` does, also for shards that are not there."""
-    found = pipeline.workspace.find(_STAGE.kind, _task(pipeline, split, images).recipe)
-    state = f"already done, reference/{found.id}" if found is not None else "would be made"
-    options.console.say(f"reference/{name or f'{pipeline.config.name}-{split}'}: {state}")
+    name = name or f"{pipeline.config.name}-{split}"
+    given_images.say(pipeline, name, _task(pipeline, split, images), options)
 
 
 def _task(pipeline: Pipeline, split: Split, images: str | None) -> Task:
-    section, size = pipeline.section("evaluate", EvaluateSection), _image_size(pipeline)
+    section, size = pipeline.section("evaluate", EvaluateSection), given_images.image_size(pipeline)
     files = extractor_files(section)
-    npz = images is not None and images.endswith(".npz")
-    if npz:
-        source, digests = None, [_digest(Path(str(images)))]
-    elif images is not None:
-        source = open_source(images, label_field=pipeline.config.shards.label_field, **_keys(pipeline))
-        digests = source.digests
+    if images is not None:
+        source, digests = given_images.open_images(pipeline, images)
     else:
         source = pipeline.train if split == "train" else pipeline.held_out
         digests = source.digests
@@ -60,7 +45,7 @@ def _task(pipeline: Pipeline, split: Split, images: str | None) -> Task:
         "extractor": section.extractor,
         "extractor_input_size": section.extractor_input_size,
         "image_size": size,
-        "crop": None if npz else "center",
+        "crop": None if source is None else "center",
         "split": split,
     }
     made_of: Json = {"weights": files.digests, "source": digests, "reading": pipeline.reading()}
@@ -83,23 +68,3 @@ def _task(pipeline: Pipeline, split: Split, images: str | None) -> Task:
         return references.make_reference(extractor, real, split, size, job)
 
     return Task(_STAGE, recipe, pipeline.shards if images is None else {}, run)
-
-
-def _image_size(pipeline: Pipeline) -> int:
-    if pipeline.config.encode is None:
-        raise ConfigError(
-            f"`{pipeline.config.name}` does not say how large images are, and a reference is of one size",
-            pipeline.command("evaluate") + " -s encode.image_size=256",
-        )
-    return pipeline.config.encode.image_size
-
-
-def _keys(pipeline: Pipeline) -> dict[str, Any]:
-    shards = pipeline.config.shards
-    return {"image_key": shards.image_key, "label_key": shards.label_key}
-
-
-def _digest(path: Path) -> str:
-    if not path.is_file():
-        raise MissingInput(f"there is no file {path}")
-    return digest_file(path)

@@ -93,7 +93,7 @@ def _stage(artifact: Artifact) -> str:
 
 def _continue(one: Unfinished) -> str:
     match one.recipe.get("stage"):
-        case {"name": str(words)} if words.startswith("import "):
+        case {"name": str(words)} if words.startswith(("import ", "evaluate ")):
             return f"rae {words}, with the same arguments and --name {one.name}"
     verb = next(stage.verb for stage in STAGES.values() if stage.kind == one.kind)
     return f"rae {verb} CONFIG, with the configuration `{one.name}`"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rae.pipeline import longer_runs
 from rae.pipeline.config import PipelineConfig
@@ -230,17 +230,25 @@ def evaluation_references(pipeline: Pipeline) -> dict[str, Artifact]:
             f"`evaluate.reference` is what samples are scored against, and `{pipeline.config.name}` draws none: for"
             " reconstructions it is `evaluate.reconstruction_reference`"
         )
-    if section.reference is None and section.reconstruction_reference is None:
+    return named_references(pipeline, "reference", "reconstruction_reference")
+
+
+def named_references(
+    pipeline: Pipeline, *keys: Literal["reference", "reconstruction_reference"]
+) -> dict[str, Artifact]:
+    """Those references that `evaluate` names under `keys`; raises as `evaluation_references` does."""
+    section = pipeline.section("evaluate", EvaluateSection)
+    named = {key: ref for key in keys if (ref := getattr(section, key)) is not None}
+    if not named:
         return {}
     extractor: Json = {"name": section.extractor, "digest": extractor_files(section).digest}
     if section.extractor_input_size is not None:
         extractor["input_size"] = section.extractor_input_size
     size = pipeline.config.encode.image_size if pipeline.config.encode is not None else None
-    found = {}
-    for key, split in (("reference", section.reference_split), ("reconstruction_reference", None)):
-        if (ref := getattr(section, key)) is not None:
-            found[key] = pipeline.workspace.resolve(ref, "reference")
-            check_reference(found[key], extractor, split, size)
+    found: dict[str, Artifact] = {}
+    for key, ref in named.items():
+        found[key] = pipeline.workspace.resolve(ref, "reference")
+        check_reference(found[key], extractor, section.reference_split if key == "reference" else None, size)
     return found
 
 

@@ -18,7 +18,7 @@ from rae.stages.models.trained import Autoencoder, Decoder
 from rae.stages.models.weights import EncoderSource
 from rae.stages.scoring.extractor_files import locate_extractor
 from rae.stages.scoring.extractors import Extractor
-from rae.stages.scoring.image_sets import ImageSet, SampleImages, SourceImages
+from rae.stages.scoring.image_sets import ImageSet, SampleImages, SourceImages, check_size
 from rae.stages.scoring.load_extractor import load_extractor
 from rae.stages.scoring.reconstruction import ReconstructionDistance, ReconstructionScores
 from rae.stages.scoring.reference_files import check_reference, read_description
@@ -74,15 +74,9 @@ def run(
     scores: Json = {"reconstruction": by_level[0.0]}
     metrics = {f"reconstruction_{name}": value for name, value in by_level[0.0].items()}
     tried = min(section.reconstructions, len(val.labels))
-    usable = len(generation.held_out) if generation is not None else len(val.labels) - (tried - scored)
-    protocol: Json = {
-        "held_out_digest": hashlib.sha256(canonical(held_out.digests)).hexdigest(),
-        "held_out_images": usable,
-        "held_out_unusable": len(held_out) - usable,
-        "image_size": decoding.image_size,
-        "reconstructions": scored,
-        "seed": section.seed,
-    }
+    seen = generation.held_out if generation is not None else None
+    usable = len(seen) if seen is not None else len(val.labels) - (tried - scored)
+    protocol = _judged_by(section, held_out, usable, decoding.image_size) | {"reconstructions": scored}
     if distance is not None:
         protocol["perceptual_distance"] = {"description": distance.description, "digest": distance.digest}
     if section.latent_noise:
@@ -101,13 +95,57 @@ def run(
         protocol["extractor"] = extractor.protocol()
     if section.reconstruction_distance:
         protocol["reconstruction_reference"] = _card(inputs.get("reconstruction_reference"))
-    scores["protocol"] = protocol
+    pictures = [RECONSTRUCTIONS, *([BY_LATENT_NOISE] if section.latent_noise else [])]
+    return _written({**scores, "protocol": protocol}, metrics, pictures, provenance, job)
+
+
+def score_images(
+    section: EvaluateSection,
+    images: ImageSet,
+    train: Source | None,
+    held_out: Source | None,
+    image_size: int,
+    inputs: Mapping[str, Artifact],
+    job: Job,
+) -> Result:
+    """Score images that were made elsewhere as `run` scores samples: the same scores for the same images.
+
+    `inputs` may hold a `reference`, which is needed where there are no held-out images. What drew the images is unknown
+    to the protocol. Raises StaleInput for images of another size, and what reading them raises.
+    """
+    check_size(images, image_size, "these scores are")
+    ranks = Ranks.from_environment()
+    extractor, provenance = _tested_extractor(section, job, ranks)
+    reference = _references(section, inputs, extractor, image_size).get("reference")
+    known = SourceImages(train, image_size) if train is not None else None
+    val = SourceImages(held_out, image_size) if held_out is not None else None
+    generation = GenerationScores(images, known, val, extractor, section, job, ranks, reference)
+    if not ranks.is_main:
+        return NOTHING
+    rows, seen = generation.rows(), generation.held_out
+    protocol = _judged_by(section, held_out, len(seen) if seen is not None else 0, image_size)
+    protocol |= generation.protocol() | {"reference": _card(inputs.get("reference")), "sample": "unknown"}
+    return _written({"generation": rows, "protocol": protocol}, rows["samples"], [], provenance, job)
+
+
+def _judged_by(section: EvaluateSection, held_out: Source | None, usable: int, image_size: int) -> Json:
+    """What all scores of an evaluation have in common."""
+    judged_by: Json = {"image_size": image_size, "seed": section.seed}
+    if held_out is None:
+        return judged_by
+    return judged_by | {
+        "held_out_digest": hashlib.sha256(canonical(held_out.digests)).hexdigest(),
+        "held_out_images": usable,
+        "held_out_unusable": len(held_out) - usable,
+    }
+
+
+def _written(scores: Json, metrics: Mapping[str, float], pictures: list[str], provenance: Json, job: Job) -> Result:
     path = job.folder / "scores.json"
     path.write_text(json.dumps(scores, indent=1, sort_keys=True, allow_nan=False))
     content = hashlib.sha256(canonical(scores)).hexdigest()
-    pictures = [RECONSTRUCTIONS, *([BY_LATENT_NOISE] if section.latent_noise else [])]
     shutil.rmtree(job.folder / FEATURES, ignore_errors=True)
-    return Result(content, metrics, (path, *(job.folder / name for name in pictures)), provenance)
+    return Result(content, dict(metrics), (path, *(job.folder / name for name in pictures)), provenance)
 
 
 def _tested_extractor(section: EvaluateSection, job: Job, ranks: Ranks) -> tuple[Extractor, Json]:

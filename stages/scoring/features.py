@@ -32,7 +32,14 @@ class Features:
 
     def __init__(self, paths: Sequence[Path], labels: NDArray[np.integer], dim: int) -> None:
         self.paths, self.dim = tuple(paths), dim
-        usable = [_opened(path)["usable"] != 0 for path in self.paths]
+        chunks = [_opened(path) for path in self.paths]
+        if strange := [path for path, chunk in zip(self.paths, chunks, strict=True) if chunk.dtype != _row(dim)]:
+            raise CorruptData(f"{strange[0]} does not hold {dim} features an image")
+        if sum(map(len, chunks)) != len(labels):
+            raise CorruptData(
+                f"{self.paths[0].parent} holds features of {sum(map(len, chunks))} images, and not of {len(labels)}"
+            )
+        usable = [chunk["usable"] != 0 for chunk in chunks]
         self._ends = np.cumsum([0, *(int(kept.sum()) for kept in usable)])
         self.rows: NDArray[np.intp] = np.flatnonzero(np.concatenate([*usable, np.empty(0, np.bool_)]))
         self.labels: NDArray[np.integer] = labels[self.rows]
@@ -137,6 +144,6 @@ def _opened(path: Path) -> NDArray[np.void]:
         chunk: NDArray[np.void] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise CorruptData(f"{path} cannot be read as features: {error}") from error
-    if chunk.dtype.names != ("features", "usable"):
+    if chunk.dtype.names != ("features", "usable") or chunk.ndim != 1:
         raise CorruptData(f"{path} holds no features")
     return chunk

@@ -15,7 +15,7 @@ from rae.stages.images import BadImage, center_crop, decode, mode_of
 from rae.store.errors import CorruptData, StaleInput
 from rae.store.manifest import canonical
 from rae.store.samples import batch_paths, read_batch, read_labels
-from rae.store.source import Source
+from rae.store.source import REASONS, Source
 
 _BLOCK = 64  # images in memory at a time
 _MODES = {"L": "grayscale", "LA": "grayscale with transparency", "RGBA": "RGB with transparency", "P": "palette colour"}
@@ -87,15 +87,22 @@ class SampleImages:
 class SourceImages:
     """Images of shards or of a folder. With `size`, the centre crop of that side, and what cannot be decoded is unused.
 
-    Without, images are taken as they are, all of one size and RGB: what a folder of generated images must be.
+    Without, images are taken as they are, all of one size and RGB: what generated images must be. There, one that
+    cannot be used is an error, and one without a label has -1. `labels` [N] stand in for the source's own.
     """
 
-    def __init__(self, source: Source, size: int | None = None) -> None:
+    def __init__(self, source: Source, size: int | None = None, labels: NDArray[np.integer] | None = None) -> None:
         self._source, self._size = source, size
-        self._rows = np.flatnonzero(source.reasons == 0)
+        usable = source.reasons == 0
+        if size is None:
+            usable |= source.reasons == REASONS.index("missing label")
+            if not usable.all():
+                row = int(np.argmin(usable))
+                raise CorruptData(f"`{source.keys[row]}` can't be scored: {source.reason(row)}")
+        self._rows = np.flatnonzero(usable)
         if not len(self._rows):
             raise CorruptData(f"none of the {len(source)} images can be used")
-        self.labels: NDArray[np.integer] = source.labels[self._rows]
+        self.labels: NDArray[np.integer] = (source.labels if labels is None else labels)[self._rows]
         self.digest = hashlib.sha256(canonical([size, source.digests])).hexdigest()
         self._first: NDArray[np.uint8] | None = None
 
@@ -152,6 +159,13 @@ def check_images(images: NDArray[np.generic], where: str) -> None:
     """Raises StaleInput, naming `where`, for what is not uint8 [N, H, W, 3]."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise StaleInput(f"{where}: images are uint8 [N, H, W, 3], and these are {images.dtype} {images.shape}")
+
+
+def check_size(images: ImageSet, size: int, what: str) -> None:
+    """Raises StaleInput unless the first image is `size` squared, as `what` is to be."""
+    height, width = images.read(range(1))[0].shape[1:3]
+    if (height, width) != (size, size):
+        raise StaleInput(f"these images have {width} x {height} pixels, and {what} to be of {size}")
 
 
 def plain_rgb(data: bytes, name: str) -> NDArray[np.uint8]:

@@ -22,11 +22,11 @@ from rae.stages.job import NOTHING, Job, Result
 from rae.stages.scoring.extractors import Extractor
 from rae.stages.scoring.features import Features, extract
 from rae.stages.scoring.frechet import Moments
-from rae.stages.scoring.image_sets import ImageSet
+from rae.stages.scoring.image_sets import ImageSet, check_size
 from rae.stages.scoring.reference_files import REFERENCE_FILE, ReferenceDescription, read_description
 from rae.stages.sources import Split
 from rae.stages.training.ranks import Ranks
-from rae.store.errors import CorruptData, StaleInput
+from rae.store.errors import CorruptData
 from rae.store.manifest import Artifact, canonical
 
 _MOMENTS = "moments.npz"
@@ -58,9 +58,7 @@ def make_reference(extractor: Extractor, images: ImageSet, split: Split, image_s
     Raises what reading the images raises, StaleInput for images of another size, and CorruptData for features that are
     not finite.
     """
-    height, width = images.read(range(1))[0].shape[1:3]
-    if (height, width) != (image_size, image_size):
-        raise StaleInput(f"these images have {width} x {height} pixels, and the reference is to be of {image_size}")
+    check_size(images, image_size, "the reference is")
     ranks = Ranks.from_environment()
     features = extract(
         extractor,

@@ -51,15 +51,16 @@ class Row:
 class GenerationScores:
     """Scores of the images `samples` against the held-out images or a reference, with the training images to judge by.
 
-    Features are taken by all ranks, on the disk, and an earlier attempt's are taken over; memory holds no set of
-    images. Raises ConfigError for a set without images.
+    Without training images (None) there are no classes and no baselines, without held-out ones no classes, and a
+    `reference` is needed. Features are taken by all ranks, on the disk, and an earlier attempt's are taken over; memory
+    holds no set of images. Raises ConfigError for a set without images.
     """
 
     def __init__(
         self,
         samples: ImageSet,
-        train: ImageSet,
-        held_out: ImageSet,
+        train: ImageSet | None,
+        held_out: ImageSet | None,
         extractor: Extractor,
         config: EvaluateSection,
         job: Job,
@@ -67,27 +68,32 @@ class GenerationScores:
         reference: Reference | None = None,
     ) -> None:
         for what, images in (("generated", samples), ("training", train), ("held-out", held_out)):
-            if not len(images.labels):
+            if images is not None and not len(images.labels):
                 raise ConfigError(f"There are no {what} images, and a score needs them.")
         self._samples, self._train, self._held_out = samples, train, held_out
         self._extractor, self._config, self._job = extractor, config, job
         self._with_classes = (
             config.classifier != "none"
+            and train is not None
+            and held_out is not None
             and len(np.unique(train.labels)) > 1
             and all(images.labels.min() >= 0 for images in (samples, train, held_out))
         )
-        self.held_out = self._features(held_out, ranks)
+        self.held_out = self._features(held_out, ranks) if held_out is not None else None
         self.samples = self._features(samples, ranks)
         self._reference = reference
         self._train_features: Features | None = None
-        if self._with_classes and config.classifier == "features":
+        if train is not None and self._with_classes and config.classifier == "features":
             self._train_features = self._features(train, ranks)
         # Against training images, it is held-out ones that show what can be hoped for.
-        self._known_real = self.held_out if config.reference_split == "train" else self._train_features
-        known = len(train.labels) if self._known_real is None else len(self._known_real)
-        self._real_rows = self._draw(known, len(samples.labels), _REAL)
-        if self._known_real is None:
-            self._features(Rows(train, self._real_rows), ranks)
+        against_train = config.reference_split == "train"
+        self._known_real = self.held_out if against_train else self._train_features
+        if self._known_real is not None:
+            self._real_rows = self._draw(len(self._known_real), len(samples.labels), _REAL)
+        self._drawn: ImageSet | None = None  # of these, features are still to be taken
+        if self._known_real is None and train is not None and not against_train:
+            self._drawn = Rows(train, self._draw(len(train.labels), len(samples.labels), _REAL))
+            self._features(self._drawn, ranks)
 
     def rows(self) -> dict[str, dict[str, float]]:
         """Scores by row, then by metric.
@@ -115,15 +121,18 @@ class GenerationScores:
         held_out = self._seen(self._held_out, self.held_out)
         rows = {
             "samples": Row(self.samples, self._seen(self._samples, self.samples)),
-            "real": self._real(held_out if self._config.reference_split == "train" else train),
-            **(self._baselines() if self._config.baselines else {}),
+            **self._real(held_out if self._config.reference_split == "train" else train),
+            **(self._baselines(self._train) if self._config.baselines and self._train is not None else {}),
         }
         scores: dict[str, dict[str, float]] = {row: {} for row in rows}
         if train is not None and held_out is not None:
             for name, metric, value in self._class_scores(rows, train, held_out):
                 scores[name][metric] = value
-        moments = Moments.of(self.held_out) if self._reference is None else self._reference.moments
-        real = self.held_out if self._reference is None else self._reference.features
+        if self._reference is not None:
+            moments, real = self._reference.moments, self._reference.features
+        else:
+            assert self.held_out is not None
+            moments, real = Moments.of(self.held_out), self.held_out
         manifold = Manifold(real, self._config.nearest_k) if real is not None else None
         for name, row in rows.items():
             if manifold is not None:
@@ -138,11 +147,13 @@ class GenerationScores:
     def protocol(self) -> Json:
         """What these scores were measured with, besides how the samples were drawn."""
         balance = zip(*np.unique(self.samples.labels, return_counts=True), strict=True)
+        judged_by = {"train_digest": self._train.digest} if self._with_classes and self._train is not None else {}
         return {
             "extractor": self._extractor.protocol(),
             "images": len(self.samples),
             "labels": {str(label): int(count) for label, count in balance},
             "classifier": self._config.classifier,
+            **judged_by,
             "transfer_images": self._config.transfer_images,
             "nearest_k": self._config.nearest_k,
             "kid_subset_size": self._config.kid_subset_size,
@@ -166,9 +177,9 @@ class GenerationScores:
         rows: NDArray[np.intp] = np.random.default_rng((self._config.seed, purpose)).permutation(of)[:count]
         return rows
 
-    def _seen(self, images: ImageSet, features: Features | None) -> Seen | None:
+    def _seen(self, images: ImageSet | None, features: Features | None) -> Seen | None:
         """What the classifier sees of a set; None without classes."""
-        if not self._with_classes:
+        if images is None or not self._with_classes:
             return None
         if self._config.classifier == "features":
             assert features is not None
@@ -176,18 +187,19 @@ class GenerationScores:
         blocks = [(grey_8x8(pixels), labels) for pixels, labels in usable_blocks(images)]
         return Seen(*(np.concatenate(column) for column in zip(*blocks, strict=True)))
 
-    def _real(self, seen: Seen | None) -> Row:
-        """`seen` is the set that they are drawn from."""
-        rows = self._real_rows
+    def _real(self, seen: Seen | None) -> dict[str, Row]:
+        """The row of real images, if there are any to draw it from; `seen` is the set that they are drawn from."""
         if self._known_real is not None:
-            return Row(Gathered(self._known_real, rows), seen.take(rows) if seen is not None else None)
-        images = Rows(self._train, rows)
-        features = self._features(images)
-        return Row(features, self._seen(images, features))
+            rows = self._real_rows
+            return {"real": Row(Gathered(self._known_real, rows), seen.take(rows) if seen is not None else None)}
+        if self._drawn is None:
+            return {}
+        features = self._features(self._drawn)
+        return {"real": Row(features, self._seen(self._drawn, features))}
 
-    def _baselines(self) -> dict[str, Row]:
+    def _baselines(self, train: ImageSet) -> dict[str, Row]:
         path = self._job.folder / "pixel_gaussian.npy"
-        made = make_baselines(self._train, self.samples.labels, self._config.seed, path)
+        made = make_baselines(train, self.samples.labels, self._config.seed, path)
         means, draws = self._features(made.means), self._features(made.gaussian)
         seen, drawn = self._seen(made.means, means), self._seen(made.gaussian, draws)
         path.unlink()

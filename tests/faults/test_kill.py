@@ -9,7 +9,9 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conftest import Rae, Warm
@@ -109,3 +111,26 @@ def test_two_at_once_finish_what_a_killed_one_left(finished: Rae, rae_with: Call
     for one in [warm.start(rae.words("encode")) for _ in range(2)]:
         one.wait().succeeded()
     assert rae.payload("latents") == finished.payload("latents")
+
+
+def test_a_reference_that_is_killed_half_way_goes_on_with_the_features_it_has(
+    rae_with: Callable[..., Rae], warm: Warm, tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (1500, 32, 32, 3), dtype=np.uint8)  # two files of features
+    np.savez(tmp_path / "images.npz", arr_0=images)
+    rae = rae_with()
+    words = rae.words("evaluate", "--make-reference", "train", "--images", tmp_path / "images.npz")
+    running = warm.start(words)
+    while not (found := list(rae.workspace.rglob("features-*-000000.npy"))):
+        time.sleep(0.01)
+    running.signal(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
+    said = rae("status", "-w", rae.workspace).succeeded().out
+    assert "continue with: rae evaluate --make-reference, with the same arguments and --name tiny-train" in said
+    taken = found[0].stat().st_mtime_ns, found[0].read_bytes()
+    made = warm.start([*words, "--json"]).wait().succeeded().json
+    assert made["metrics"]["images"] == 1500
+    assert found[0].stat().st_mtime_ns == taken[0]
+    (kept,) = (path for path in Path(made["path"]).rglob("features-*-000000.npy") if path != found[0])
+    assert kept.read_bytes() == taken[1]
+    rae("verify", "reference/tiny-train", "-w", rae.workspace).succeeded()

@@ -113,7 +113,7 @@ def test_a_folder_of_images_and_a_file_of_them_make_the_same_moments(
     assert folder.about.rows == file.about.rows == 20
     rae.verb(*words, tmp_path / "none.npz").refused(3, "none.npz")
     rae.verb(*words, tmp_path / "none").refused(3, "none")
-    rae.verb("evaluate", "--images", tmp_path / "images").refused(2, "give them with --make-reference")
+    rae.verb("evaluate", "--name", "x").refused(2, "-s name=NAME")
     np.savez(tmp_path / "small.npz", arr_0=images[:, :16, :16])
     rae.verb(*words, tmp_path / "small.npz").refused(
         4, "these images have 16 x 16 pixels, and the reference is to be of 32"
@@ -137,7 +137,18 @@ def test_a_damaged_reference_is_named(known: Rae, tmp_path: Path) -> None:
         np.savez(moments, **({"mean": mean, "cov": cov} | broken))
         with pytest.raises(CorruptData, match=r"moments.npz holds"):
             Reference.load(artifact)
-    (artifact.payload / "reference.json").write_text("{}")
+    np.savez(moments, mean=mean, cov=cov)
+    described = artifact.payload / "reference.json"
+    for rows in (7, 1000):
+        described.write_text(described.read_text().replace('"rows": 20', f'"rows": {rows}'))
+        with pytest.raises(CorruptData, match=f"features of 20 images, and not of {rows}"):
+            Reference.load(artifact)
+        described.write_text(described.read_text().replace(f'"rows": {rows}', '"rows": 20'))
+    np.savez(moments, mean=mean[:5], cov=cov[:5, :5])
+    with pytest.raises(CorruptData, match="does not hold 5 features an image"):
+        Reference.load(artifact)
+    np.savez(moments, mean=mean, cov=np.triu(cov))
+    described.write_text("{}")
     with pytest.raises(CorruptData, match="does not describe a reference"):
         Reference.load(artifact)
     rae("verify", "reference/tiny-val", "-w", rae.workspace).refused(5, "2 problem(s)")
