@@ -108,7 +108,7 @@ def test_a_reference_stands_in_for_images_that_are_not_here(known: Rae, tmp_path
 
 def test_images_that_cannot_be_scored_are_told_in_a_sentence(known: Rae, tmp_path: Path) -> None:
     def refused(code: int, *words: str) -> None:
-        known.verb("evaluate", "--images", tmp_path / "bad").refused(code, *words)
+        known.verb("evaluate", "--restart", "--images", tmp_path / "bad").refused(code, *words)
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
 
     refused(3, "bad")
@@ -129,10 +129,10 @@ def test_images_that_cannot_be_scored_are_told_in_a_sentence(known: Rae, tmp_pat
         Image.fromarray(images[0, ..., :3]).save(tmp_path / f"bad/{number}.png")
     refused(2, "need at least 4 images in each set, got 3 generated ones")
     (tmp_path / "broken.npz").write_bytes((known.folder / "tiny.npz").read_bytes()[:2000])
-    known.verb("evaluate", "--images", tmp_path / "broken.npz").refused(5, "broken.npz")
+    known.verb("evaluate", "--restart", "--images", tmp_path / "broken.npz").refused(5, "broken.npz")
     no_class = np.full(4, 77)
     np.savez(tmp_path / "77.npz", images[..., :3], no_class)
-    known.verb("evaluate", "--images", tmp_path / "77.npz").refused(2, "class 77")
+    known.verb("evaluate", "--restart", "--images", tmp_path / "77.npz").refused(2, "class 77")
 
 
 def test_unfinished_scores_and_references_say_how_they_go_on(known: Rae, tmp_path: Path) -> None:
