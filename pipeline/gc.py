@@ -4,7 +4,8 @@ import shlex
 
 from rae.pipeline.console import Console, size
 from rae.store.artifacts import Workspace
-from rae.store.removal import Collector, Garbage, remove_artifact
+from rae.store.errors import CorruptData
+from rae.store.removal import Collector, Garbage, remove_artifact, remove_damaged
 
 _SHOWN = 40
 
@@ -34,12 +35,20 @@ def collect_garbage(workspace: Workspace, grace: float, delete: bool, unfinished
 
 def remove(workspace: Workspace, ref: str, dry_run: bool, console: Console) -> None:
     """Remove an artifact, its milestones and its names; refuses what others were made from."""
-    artifact = workspace.resolve(ref)
+    would = "would remove" if dry_run else "removed"
+    try:
+        artifact = workspace.resolve(ref)
+    except CorruptData:
+        if not remove_damaged(workspace, ref, dry_run):
+            raise
+        if console.as_json:
+            console.print_json([{"ref": ref, "bytes": None, "removed": not dry_run}])
+        console.say(f"{would} {ref}, which is damaged")
+        return
     gone = remove_artifact(workspace, artifact, dry_run)
     if console.as_json:
         console.print_json([{"ref": one.ref, "bytes": one.payload_bytes, "removed": not dry_run} for one in gone])
     for one in gone:
-        would = "would remove" if dry_run else "removed"
         console.say(f"{would} {one.ref}  `{one.manifest.name}`  {size(one.payload_bytes)}")
 
 

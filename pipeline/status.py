@@ -14,7 +14,7 @@ from rae.store.manifest import Artifact, Json
 
 
 def show_status(workspace: Workspace, console: Console) -> None:
-    """Every artifact, what is stale and why, and everything unfinished."""
+    """Every artifact, what is stale or damaged and why, and everything unfinished."""
     lineage = Lineage(workspace)
     artifacts = list(lineage.artifacts.values())
     if console.as_json:
@@ -23,7 +23,8 @@ def show_status(workspace: Workspace, console: Console) -> None:
             {"kind": one.kind, "id": one.id, "name": one.name, "continue": _continue(one)}
             for one in lineage.unfinished.values()
         ]
-        console.print_json({"artifacts": done, "unfinished": open_})
+        damaged = [{"ref": ref, "reason": error.message} for ref, error in lineage.damaged.items()]
+        console.print_json({"artifacts": done, "unfinished": open_, "damaged": damaged})
         return
     columns = ["artifact", "id", "age", "size", "made by", "needed by", ""]
     if artifacts:
@@ -33,7 +34,9 @@ def show_status(workspace: Workspace, console: Console) -> None:
             console.say(f"stale: {lineage.called(artifact.ref)}: {reason}")
     for one in lineage.unfinished.values():
         console.say(f"unfinished: {one.kind} `{one.name}` ({one.id}); continue with: {_continue(one)}")
-    if not artifacts and not lineage.unfinished:
+    for ref, error in lineage.damaged.items():
+        console.say(f"damaged: {ref}: {error.message}")
+    if not artifacts and not lineage.unfinished and not lineage.damaged:
         console.say(f"{workspace.place} holds no artifacts yet; begin with: rae run quickstart")
 
 

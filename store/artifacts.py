@@ -38,6 +38,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _AT_STEP = re.compile(r"(?P<run>.+)@step=(?P<step>[0-9]{1,15})")
 UPSTREAMS_FILE = "upstreams.json"
 _TRAINED = ("decoder", "dit")
+Damaged = dict[str, CorruptData]  # what can't be read, by `KIND/ID`, or of a name by its key, and why
 
 
 @dataclass(frozen=True)
@@ -132,34 +133,39 @@ class Workspace:
         mirror.begin(data)
         return Artifact(mirror.folder, manifest, mirror)
 
-    def artifacts(self, *kinds: str, known: Mapping[str, Artifact] | None = None) -> Iterator[Artifact]:
-        """Every artifact (of these kinds) that is published here, by kind and id; those of `known` are not read."""
+    def artifacts(
+        self, *kinds: str, known: Mapping[str, Artifact] | None = None, damaged: Damaged | None = None
+    ) -> Iterator[Artifact]:
+        """Every artifact (of these kinds) that is published here, by kind and id; those of `known` are not read.
+
+        `CorruptData` for one that can't be read; where `damaged` is given, that stands in there by its `KIND/ID`.
+        """
         for kind in kinds or KINDS:
             for id in self.objects.folders(f"objects/{kind}"):
-                artifact = (known or {}).get(f"{kind}/{id}") or self._read(kind, id)
-                if artifact is not None:
-                    yield artifact
+                with _noting(damaged, f"{kind}/{id}"):
+                    artifact = (known or {}).get(f"{kind}/{id}") or self._read(kind, id)
+                    if artifact is not None:
+                        yield artifact
 
-    def unfinished(self) -> Iterator[Unfinished]:
-        """Everything begun and not published."""
+    def unfinished(self, damaged: Damaged | None = None) -> Iterator[Unfinished]:
+        """Everything begun and not published; `damaged` as of `artifacts`."""
         for kind in KINDS:
             for id in self.objects.folders(f"objects/{kind}"):
-                if self.objects.read(f"objects/{kind}/{id}/manifest.json") is None and (
-                    started := self._started(kind, id)
-                ):
-                    yield Unfinished(
-                        kind, id, started["name"], started["recipe"], started["inputs"], self.folder(kind, id)
-                    )
+                if self.objects.read(f"objects/{kind}/{id}/manifest.json") is None:
+                    with _noting(damaged, f"{kind}/{id}"):
+                        if started := self._started(kind, id):
+                            yield Unfinished(kind, id, **started, folder=self.folder(kind, id))
 
-    def names(self) -> dict[str, str]:
-        """What every `KIND/NAME` means, as `KIND/ID`, whether that is there or not."""
+    def names(self, damaged: Damaged | None = None) -> dict[str, str]:
+        """What every `KIND/NAME` means, as `KIND/ID`, whether that is there or not; `damaged` as of `artifacts`."""
         found = {}
         for stored in self.objects.below("refs"):
             match stored.key.removesuffix(".json").split("/"):
                 case ["refs", kind, name] if kind in KINDS and _NAME.fullmatch(name):
-                    id = _parsed(self.objects.read(stored.key) or b"{}", f"{self.place}/{stored.key}").get("id")
-                    if isinstance(id, str) and ID.fullmatch(id):
-                        found[f"{kind}/{name}"] = f"{kind}/{id}"
+                    with _noting(damaged, stored.key):
+                        id = _parsed(self.objects.read(stored.key) or b"{}", f"{self.place}/{stored.key}").get("id")
+                        if isinstance(id, str) and ID.fullmatch(id):
+                            found[f"{kind}/{name}"] = f"{kind}/{id}"
         return found
 
     def resolve(self, ref: str, kind: str | None = None) -> Artifact:
@@ -348,6 +354,17 @@ class Workspace:
                 f"{self.place}/{key}/started.json does not say what was begun there", f"rm -r {self.place}/{key}"
             )
         return started
+
+
+@contextlib.contextmanager
+def _noting(damaged: Damaged | None, what: str) -> Iterator[None]:
+    """`CorruptData` that is raised meanwhile stands in `damaged` instead, if that is given."""
+    try:
+        yield
+    except CorruptData as error:
+        if damaged is None:
+            raise
+        damaged[what] = error
 
 
 def check_name(name: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from rae.store.artifacts import Workspace
+from rae.store.artifacts import Damaged, Workspace
 from rae.store.manifest import Artifact, Json, differing_fields
 
 
@@ -20,15 +20,17 @@ class Input:
 class Lineage:
     """A workspace as it was when this was made. Artifacts are known by `KIND/ID`, which this module calls a ref.
 
-    With `known`, manifests that were read before are not read again. Raises `CorruptData` if one, or a name, cannot be.
+    With `known`, manifests that were read before are not read again. `damaged` are those, and the names, that can't be,
+    with the reason: what these were made from is not known.
     """
 
     def __init__(self, workspace: Workspace, known: "Lineage | None" = None) -> None:
         # Names first: what is published meanwhile is then known without a name, never named without being known.
-        self.names = workspace.names()
-        self.unfinished = {f"{one.kind}/{one.id}": one for one in workspace.unfinished()}
-        before = known.artifacts if known is not None else None
-        self.artifacts: dict[str, Artifact] = {artifact.ref: artifact for artifact in workspace.artifacts(known=before)}
+        self.damaged: Damaged = {}
+        self.names = workspace.names(self.damaged)
+        self.unfinished = {f"{one.kind}/{one.id}": one for one in workspace.unfinished(self.damaged)}
+        found = workspace.artifacts(known=known.artifacts if known is not None else None, damaged=self.damaged)
+        self.artifacts: dict[str, Artifact] = {artifact.ref: artifact for artifact in found}
         self._named: dict[str, list[str]] = {}
         self._stale: dict[str, list[str]] = {}
         for name, ref in sorted(self.names.items()):

@@ -2,7 +2,8 @@
 
 Nothing goes while somebody works: what names mean, what leases hold, what is younger than the grace period, and all
 that any of these were made from stays. A manifest goes first, so that no reader finds an artifact of which half is
-gone; then names and leases are read again, and whoever took an interest in between gets it back.
+gone; then names and leases are read again, and whoever took an interest in between gets it back. What is damaged may
+have been made from anything: nothing but itself goes while it is there.
 """
 
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rae.store.artifacts import Workspace
-from rae.store.errors import ConfigError
+from rae.store.errors import ConfigError, CorruptData
 from rae.store.lease import LAPSES_AFTER_S, lapsed, leased
 from rae.store.lineage import Lineage
 from rae.store.manifest import KINDS, Artifact
@@ -48,6 +49,7 @@ class Collector:
         Raises `CorruptData` if a manifest or a name cannot be read: what it protects is not known then.
         """
         self._lineage = lineage = Lineage(self._workspace)
+        _check_known(self._workspace, lineage)
         self._old = {ref for ref in lineage.artifacts if self._age(f"{_key(ref)}/manifest.json") >= self._grace}
         kept, busy = self._kept(lineage)
         going = [one for ref, one in lineage.artifacts.items() if ref not in kept]
@@ -63,7 +65,7 @@ class Collector:
     def remove(self, garbage: Garbage) -> bool:
         """Remove one of what `find` found; False if somebody has come to need it since."""
         if garbage.artifact is not None:
-            return _remove_artifact(self._objects, garbage.artifact, lambda: garbage.artifact in self._kept_now())
+            return _remove_artifact(self._objects, garbage.artifact, self._wanted_now)
         if _owner(garbage.key) in leased(self._objects):
             return False
         if self._objects.read(f"{garbage.key}/manifest.json") is not None:  # what was unfinished has been finished
@@ -71,9 +73,9 @@ class Collector:
         self._objects.remove(garbage.key)
         return True
 
-    def _kept_now(self) -> set[str]:
-        self._lineage = Lineage(self._workspace, self._lineage)
-        return self._kept(self._lineage)[0]
+    def _wanted_now(self, ref: str) -> bool:
+        self._lineage = lineage = Lineage(self._workspace, self._lineage)
+        return bool(lineage.damaged) or ref in self._kept(lineage)[0]
 
     def _kept(self, lineage: Lineage) -> tuple[set[str], set[str]]:
         """What stays, and what of it somebody is at work on."""
@@ -122,34 +124,60 @@ class Collector:
 def remove_artifact(workspace: Workspace, artifact: Artifact, dry_run: bool = False) -> list[Artifact]:
     """Remove an artifact with its milestones and its names; returns what goes, the artifact last.
 
-    Raises `ConfigError` for one that others were made from, that somebody is at work with, or that lies elsewhere.
+    Raises `ConfigError` for one that others were made from, that somebody is at work with, or that lies elsewhere;
+    `CorruptData` if something is damaged that may have been made from it.
     """
     lineage = Lineage(workspace)
+    _check_known(workspace, lineage)
     if artifact.folder.resolve() != workspace.folder(artifact.kind, artifact.id).resolve():
         raise ConfigError(f"{artifact.folder} lies outside of the workspace {workspace.place}, which alone is changed")
     going = [lineage.artifacts[ref] for ref in lineage.milestones(artifact.ref)] + [artifact]
-    refs = {one.ref for one in going}
-    needing = sorted({lineage.called(other) for ref in refs for other in lineage.dependents(ref)} - refs)
+    _remove_named(workspace, lineage, [one.ref for one in going], dry_run)
+    return going
+
+
+def remove_damaged(workspace: Workspace, ref: str, dry_run: bool = False) -> bool:
+    """Remove the artifact of this `KIND/ID`, whose manifest can't be read, with its names; False if there is none.
+
+    Raises `ConfigError` as `remove_artifact` does.
+    """
+    lineage = Lineage(workspace)
+    if ref not in lineage.damaged:
+        return False
+    _remove_named(workspace, lineage, [ref], dry_run)
+    return True
+
+
+def _remove_named(workspace: Workspace, lineage: Lineage, refs: list[str], dry_run: bool) -> None:
+    """Remove these with their names; `ConfigError`, in terms of the last, if one is needed."""
+    needing = sorted({lineage.called(other) for ref in refs for other in lineage.dependents(ref)} - set(refs))
     if needing:
         raise ConfigError(
-            f"{lineage.called(artifact.ref)} can't be removed: {', '.join(needing)} {_be(needing)} made from it",
+            f"{lineage.called(refs[-1])} can't be removed: {', '.join(needing)} {_be(needing)} made from it",
             f"rae rm {needing[0]} -w {workspace.place}",
         )
-    if refs & lineage.closure(leased(workspace.objects)):
-        raise ConfigError(f"{lineage.called(artifact.ref)} can't be removed: somebody is at work with it")
-    if not dry_run:
-        for one in going:
-            _remove_artifact(workspace.objects, one.ref, lambda: False)
-            for name in lineage.names_of(one.ref):
-                workspace.forget(one.kind, name)
-    return going
+    if lineage.closure(leased(workspace.objects)).intersection(refs):
+        raise ConfigError(f"{lineage.called(refs[-1])} can't be removed: somebody is at work with it")
+    for ref in [] if dry_run else refs:
+        _remove_artifact(workspace.objects, ref, lambda _: False)
+        for name in lineage.names_of(ref):
+            workspace.forget(ref.partition("/")[0], name)
+
+
+def _check_known(workspace: Workspace, lineage: Lineage) -> None:
+    """`CorruptData` if something is damaged: what it was made from is not known."""
+    for ref, error in lineage.damaged.items():
+        others = f" (and {len(lineage.damaged) - 1} more)" if len(lineage.damaged) > 1 else ""
+        told = f"{error.message}{others}: what it stands on is not known, so that nothing else is removed"
+        mend = None if ref.startswith("refs/") else f"rae rm {ref} -w {workspace.place}"
+        raise CorruptData(told, error.next_command or mend)
 
 
 def _be(several: list[str]) -> str:
     return "is" if len(several) == 1 else "are"
 
 
-def _remove_artifact(objects: ObjectStore, ref: str, wanted: Callable[[], bool]) -> bool:
+def _remove_artifact(objects: ObjectStore, ref: str, wanted: Callable[[str], bool]) -> bool:
     """Withdraw an artifact, then remove it; unless `wanted` says, once it is withdrawn, that somebody needs it."""
     key = _key(ref)
     objects.remove(f"{key}/started.json")  # else it would look like unfinished work
@@ -157,7 +185,7 @@ def _remove_artifact(objects: ObjectStore, ref: str, wanted: Callable[[], bool])
     if data is None:
         return False
     objects.remove(f"{key}/manifest.json")
-    if wanted():
+    if wanted(ref):
         objects.create(f"{key}/manifest.json", data)
         return False
     objects.remove(key)

@@ -61,3 +61,20 @@ def test_rm_names_what_was_made_from_it(rae_with: With) -> None:
     assert folders(rae, "dit") == set()
     rae("rm", "latents/tiny", "-w", rae.workspace).succeeded()
     assert "shards" in rae("status", "-w", rae.workspace).succeeded().out
+
+
+def test_what_is_damaged_keeps_everything_until_it_is_removed(rae_with: With) -> None:
+    rae = rae_with("shards", "latents", "dit")
+    damaged = rae.artifact("dit/tiny")
+    (Path(damaged["path"]) / "manifest.json").write_bytes(b"{}")
+    (rae.workspace / "refs" / "latents" / "tiny.json").unlink()
+    ref, latents = f"dit/{damaged['id']}", folders(rae, "latents")
+    for words in (["gc", "--grace", "0", "--delete"], ["rm", f"latents/{next(iter(latents))}"]):
+        ran = rae(*words, "-w", rae.workspace).refused(5, "manifest.json is not a manifest", "nothing else is removed")
+        assert f"next: rae rm {ref} -w {rae.workspace}" in ran.err
+    assert folders(rae, "latents") == latents
+    assert f"would remove {ref}, which is damaged" in rae("rm", ref, "-w", rae.workspace, "--dry-run").succeeded().out
+    (gone,) = rae("rm", ref, "-w", rae.workspace, "--json").succeeded().json
+    assert (gone["ref"], gone["removed"], folders(rae, "dit")) == (ref, True, set())
+    rae("gc", "-w", rae.workspace, "--grace", "0", "--delete").succeeded()
+    assert folders(rae, "latents") == set()

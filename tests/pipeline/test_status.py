@@ -71,3 +71,20 @@ def test_status_says_what_made_each_artifact_what_needs_it_and_what_is_stale(rae
     assert shown["latents", before]["dependents"] == [f"dit/{dit['id']}"]
     assert (shown["latents", now]["stale"], shown["latents", now]["dependents"]) == ([], [])
     assert len(shown["latents", before]["stale"]) == len(dit["stale"]) == 1
+
+
+def test_what_is_damaged_is_listed_with_the_reason_and_hides_nothing_else(rae_with: Any) -> None:
+    rae = rae_with("shards", "latents", "dit")
+    manifest = next(rae.workspace.glob("objects/dit/*/manifest.json"))
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    ref = f"dit/{manifest.parent.name}"
+    name = rae.workspace / "refs" / "dit" / "other.json"
+    name.write_bytes(b"{")
+    shown = rae("status", "-w", rae.workspace).succeeded().out
+    assert f"damaged: {ref}: {manifest} is not JSON" in shown
+    assert f"damaged: refs/dit/other.json: {name} is not JSON" in shown
+    told = rae("status", "-w", rae.workspace, "--json").succeeded().json
+    assert {one["kind"] for one in told["artifacts"]} == {"shards", "latents"}
+    assert {one["ref"] for one in told["damaged"]} == {ref, "refs/dit/other.json"}
+    assert rae.artifact("latents/tiny")["dependents"] == []
+    rae("inspect", ref, "-w", rae.workspace).refused(5, str(manifest))

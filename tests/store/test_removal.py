@@ -10,7 +10,7 @@ from rae.store.artifacts import Workspace
 from rae.store.errors import ConfigError, CorruptData
 from rae.store.lease import held
 from rae.store.manifest import Artifact
-from rae.store.removal import Collector, Garbage, remove_artifact
+from rae.store.removal import Collector, Garbage, remove_artifact, remove_damaged
 from tests.store.making import describe, make, recipe
 
 
@@ -174,11 +174,44 @@ def test_leftovers_of_killed_processes_go(workspace: Workspace) -> None:
 def test_a_manifest_that_cannot_be_read_stops_everything_since_what_it_protects_is_not_known(
     workspace: Workspace,
 ) -> None:
-    make(workspace, "latents")
+    latents = make(workspace, "latents")
     workspace.forget("latents", "mine")
-    (make(workspace).folder / "manifest.json").write_bytes(b"{}")
-    with pytest.raises(CorruptData, match=r"manifest\.json"):
-        Collector(workspace, 0.0).find()
+    damaged = make(workspace)
+    (damaged.folder / "manifest.json").write_bytes(b"{}")
+    for removal in (lambda: Collector(workspace, 0.0).find(), lambda: remove_artifact(workspace, latents)):
+        with pytest.raises(CorruptData, match=r"manifest\.json .*nothing else is removed") as refused:
+            removal()
+        assert refused.value.next_command == f"rae rm {damaged.ref} -w {workspace.place}"
+    assert there(latents, damaged) == [True, True]
+
+
+def test_what_is_damaged_while_garbage_is_removed_keeps_the_rest_as_well(workspace: Workspace) -> None:
+    latents, dit = make(workspace, "latents"), make(workspace)
+    workspace.forget("latents", "mine")
+    collector = Collector(workspace, 0.0)
+    (found,) = collector.find()
+    newer = make(workspace, inputs={"latents": latents}, lr=2.0)
+    (newer.folder / "manifest.json").write_bytes(b"{}")
+    assert not collector.remove(found)
+    assert there(latents, dit) == [True, True]
+
+
+def test_what_is_damaged_can_be_removed_unless_something_was_made_from_it(workspace: Workspace) -> None:
+    latents = make(workspace, "latents")
+    dit = make(workspace, inputs={"latents": latents})
+    for one in (latents, dit):
+        (one.folder / "manifest.json").write_bytes(b"{}")
+    begun = workspace.begin("samples", "mine", recipe("samples"), {"dit": dit.as_input()})
+    with pytest.raises(ConfigError, match=r"is made from it"):
+        remove_damaged(workspace, dit.ref)
+    workspace.abandon(begun)
+    assert remove_damaged(workspace, dit.ref, dry_run=True)
+    assert there(dit) == [True]
+    assert remove_damaged(workspace, dit.ref)
+    assert remove_damaged(workspace, latents.ref)
+    assert not any(one.folder.exists() for one in (latents, dit))
+    assert not workspace.names()
+    assert not remove_damaged(workspace, make(workspace).ref)
 
 
 def test_links_are_removed_and_not_followed(workspace: Workspace, tmp_path: Path) -> None:
