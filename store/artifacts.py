@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rae.store.errors import ConfigError, CorruptData, MissingInput, StaleInput
+from rae.store.json_data import parse_object
 from rae.store.manifest import (
     ID,
     KINDS,
@@ -94,7 +95,7 @@ class Workspace:
 
     def _upstreams(self) -> list[str]:
         data = self.objects.read(UPSTREAMS_FILE)
-        listed = _parsed(data, f"{self.place}/{UPSTREAMS_FILE}").get("upstreams") if data is not None else []
+        listed = parse_object(data, f"{self.place}/{UPSTREAMS_FILE}").get("upstreams") if data is not None else []
         if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
             raise ConfigError(
                 f'{self.place}/{UPSTREAMS_FILE} must hold {{"upstreams": [...]}}, folders or URLs of workspaces'
@@ -163,7 +164,8 @@ class Workspace:
             match stored.key.removesuffix(".json").split("/"):
                 case ["refs", kind, name] if kind in KINDS and _NAME.fullmatch(name):
                     with _noting(damaged, stored.key):
-                        id = _parsed(self.objects.read(stored.key) or b"{}", f"{self.place}/{stored.key}").get("id")
+                        meaning = parse_object(self.objects.read(stored.key) or b"{}", f"{self.place}/{stored.key}")
+                        id = meaning.get("id")
                         if isinstance(id, str) and ID.fullmatch(id):
                             found[f"{kind}/{name}"] = f"{kind}/{id}"
         return found
@@ -197,7 +199,7 @@ class Workspace:
         key, id = f"refs/{kind}/{name}.json", name
         for one in (self, *self.upstreams):
             if (ref := one.objects.read(key)) is not None:
-                id = str(_parsed(ref, f"{one.place}/{key}").get("id"))
+                id = str(parse_object(ref, f"{one.place}/{key}").get("id"))
                 break
         return self.published(kind, id) if ID.fullmatch(id) else None
 
@@ -346,7 +348,7 @@ class Workspace:
         data = self.objects.read(f"{key}/started.json")
         if data is None:
             return None
-        started = _parsed(data, f"{self.place}/{key}/started.json")
+        started = parse_object(data, f"{self.place}/{key}/started.json")
         fields = {key: type(value) for key, value in started.items()}
         # The folder is called by the digest of the recipe, so that no damage in one goes unseen.
         if fields != {"name": str, "recipe": dict, "inputs": dict} or recipe_id(started["recipe"]) != id:
@@ -383,13 +385,3 @@ def _new_attempt(folder: Path) -> Path:
     attempt = folder / "attempts" / secrets.token_hex(4)
     make_folder(attempt)
     return attempt
-
-
-def _parsed(data: bytes, where: str) -> Json:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CorruptData(f"{where} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CorruptData(f"{where} holds no JSON object")
-    return value

@@ -1,9 +1,9 @@
 """The class names that lie beside images: a JSON list of strings, in the order of the labels."""
 
-import json
 from pathlib import Path
 
 from rae.store.errors import CorruptData
+from rae.store.json_data import parse_json
 
 
 def read_classes(path: Path) -> tuple[str, ...] | None:
@@ -16,10 +16,7 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
 
 def parse_classes(data: bytes, where: str) -> tuple[str, ...]:
     """The names in the bytes of a file that lies at `where`; raises as `read_classes` does."""
-    try:
-        names = json.loads(data)
-    except ValueError as error:
-        raise CorruptData(f"{where} is not JSON: {error}") from error
+    names = parse_json(data, where)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CorruptData(f"{where} is not a list of class names")
     return tuple(names)

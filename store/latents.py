@@ -4,7 +4,6 @@ Rows count valid samples, in slot order. Nothing is read at opening but the arra
 a shard is opened when a row of its is asked for, and no row is looked at that is not asked for.
 """
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 
 from rae.store.conditioning import Vectors, open_vectors
 from rae.store.errors import ConfigError, CorruptData, MissingInput
+from rae.store.json_data import parse_object
 from rae.store.latents_index import (
     INDEX_FILE,
     INDEX_SCHEMA,
@@ -118,7 +118,7 @@ class LatentStore:
     def manifest(self) -> dict[str, Any]:
         """`manifest.json`; empty while the store is not published."""
         path = self.folder / "manifest.json"
-        return _read_json(path) if path.exists() else {}
+        return parse_object(_read_bytes(path), str(path)) if path.exists() else {}
 
     @cached_property
     def labels(self) -> IntArray:
@@ -266,13 +266,3 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise MissingInput(f"{path.parent} holds no finished latents: {path} is missing") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_bytes(path))
-    except ValueError as error:
-        raise CorruptData(f"{path} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise CorruptData(f"{path} is not a JSON object")
-    return value

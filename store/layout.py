@@ -23,6 +23,7 @@ from rae.store import compression, formats
 from rae.store.compression import Compressor
 from rae.store.errors import ConfigError, CorruptData, MissingInput
 from rae.store.formats import ARRAYS, Dtype, StoredArray
+from rae.store.json_data import parse_json
 
 GROUP_FILE = "zarr.json"
 ARRAY_FILE = "latents/zarr.json"
@@ -175,11 +176,9 @@ class LatentLayout:
         """Layout and number of slots of the store in `folder`; `MissingInput` or `CorruptData` names the file."""
         path = folder / ARRAY_FILE
         try:
-            metadata = json.loads(path.read_bytes())
+            metadata = parse_json(path.read_bytes(), str(path))
         except FileNotFoundError as error:
             raise MissingInput(f"{folder} holds no finished latents: {path} is missing") from error
-        except (ValueError, RecursionError) as error:
-            raise CorruptData(f"{path} is not JSON ({error})") from error
         return cls.from_array_metadata(metadata, str(path))
 
     @classmethod

@@ -5,13 +5,13 @@ latents the codes, then the scales), or null for a row that has no latent; `inde
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
 from rae.store.errors import CorruptData, MissingInput, StaleInput
+from rae.store.json_data import parse_json
 from rae.store.layout import LatentLayout, Part
 from rae.store.manifest import canonical
 
@@ -107,11 +107,9 @@ class PartRecord:
         """
         path = record_path(folder, part.number)
         try:
-            value = json.loads(path.read_bytes())
+            value = parse_json(path.read_bytes(), f"the record {path}")
         except FileNotFoundError as error:
             raise MissingInput(f"part {part.number} of {folder} is not finished: {path} is missing") from error
-        except (ValueError, RecursionError) as error:
-            raise CorruptData(f"the record {path} is not JSON ({error})") from error
         if not isinstance(value, dict) or value.pop("schema", None) != SCHEMA or set(value) != set(cls.__annotations__):
             raise CorruptData(f"{path} is not the record of a part that this version of rae reads")
         expected = {

@@ -51,6 +51,13 @@ def test_every_command_exists() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_every_command_and_every_document_is_named() -> None:
+    unnamed = [name for name in get_command(app).commands if not re.search(rf"`(rae )?{name}\b", README)]  # type: ignore[attr-defined]
+    assert not unnamed
+    unlinked = [path for path in (ROOT / "docs").rglob("*.md") if f"({path.relative_to(ROOT)})" not in README]
+    assert not unlinked
+
+
 @pytest.mark.parametrize("picture", re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README))
 def test_every_picture_is_there(picture: str) -> None:
     assert (ROOT / picture).stat().st_size > 1000

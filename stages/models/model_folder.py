@@ -3,11 +3,11 @@
 Light: imports neither torch nor transformers, and huggingface_hub for hub ids alone.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from rae.store.errors import ConfigError, CorruptData, MissingInput
+from rae.store.json_data import parse_object
 
 EncoderKind = Literal["timm", "dinov2", "siglip", "naflex", "mae", "autoencoder_kl"]
 
@@ -46,18 +46,8 @@ def model_files(name: str, folder: Path) -> tuple[EncoderKind, tuple[Path, ...]]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder.
-
-    Raises:
-        CorruptData: no JSON, or no object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CorruptData(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CorruptData(f"{path} holds no JSON object")
-    return value
+    """A JSON object from a model folder; `CorruptData` for what is none."""
+    return parse_object(path.read_bytes(), str(path))
 
 
 def hub_snapshot(hub_id: str, allow_download: bool) -> Path:

@@ -6,7 +6,6 @@ dit.json, model.safetensors, ema.safetensors, latent_stats.safetensors
 What was imported has one set of weights, ema.safetensors, and an imported decoder may have latent_stats.safetensors.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from rae.stages.models.saving import (
 )
 from rae.stages.models.transport import Transport, create_transport, named
 from rae.store.errors import CorruptData, MissingInput
+from rae.store.json_data import parse_object
 from rae.store.manifest import Json
 
 Weights = Literal["ema", "model"]
@@ -273,9 +273,9 @@ def read_encoder(latents: Path) -> Json:
 def read_about(path: Path, *keys: str) -> Json:
     """What stands beside a model's weights: a JSON object with these keys; else `CorruptData`."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        value = parse_object(path.read_bytes(), str(path))
+    except OSError as error:
         raise CorruptData(f"{path} can't be read ({error})") from error
-    if not isinstance(value, dict) or not set(keys) <= set(value):
+    if not set(keys) <= set(value):
         raise CorruptData(f"{path} does not hold a JSON object with {', '.join(keys)}")
     return value
