@@ -6,16 +6,22 @@ TORCH_INDEX ?=
 PIP_INSTALL = .venv/bin/pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint test-faults clean
+.PHONY: help quickstart experiments test check lint test-faults clean
 
 help:
 	@echo "make quickstart   install into .venv and run the whole pipeline on handwritten digits"
+	@echo "make experiments  the experiments of configs/experiments at CPU size, each with its verdicts; resumable"
 	@echo "make test         install into .venv and run linters, type checks and tests"
 	@echo "make test-faults  twenty or thirty kills, stops and full disks of each kind, where 'make test' runs three"
 	@echo "make clean        remove .venv; the workspace stays"
 
 quickstart: .venv/installed
 	.venv/bin/rae run quickstart
+
+experiments: .venv/installed
+	@for experiment in $(notdir $(basename $(wildcard configs/experiments/*.yaml))); do \
+		.venv/bin/rae sweep $$experiment || exit; \
+	done
 
 test: .venv/installed-test
 	$(MAKE) check

@@ -34,6 +34,7 @@ from rae.pipeline.cli_import import import_app
 from rae.pipeline.cli_inspect import diff_command, inspect_command, tag_command
 from rae.pipeline.cli_shards import shards_command
 from rae.pipeline.cli_sharing import pull_command, push_command
+from rae.pipeline.cli_sweep import sweep_command
 from rae.pipeline.cli_verify import verify_command
 
 if TYPE_CHECKING:
@@ -186,6 +187,11 @@ def plan_command(
     from rae.pipeline.preflight import problems
 
     pipeline, options = prepare(config, workspace, overrides, as_json)
+    if pipeline.config.sweep is not None:
+        from rae.pipeline import sweep, sweep_plan
+
+        sweep_plan.show(sweep.sweep_of(config, pipeline.workspace, overrides or ()), options.console)
+        return
     caching = break_even(pipeline, device if measure else None)
     show_plan(pipeline, [stage.name for stage in pipeline.stages], options, caching)
     if caching is not None and not as_json:
@@ -212,6 +218,7 @@ app.command("verify")(verify_command)
 app.command("push")(push_command)
 app.command("pull")(pull_command)
 app.command("compare")(compare_command)
+app.command("sweep")(sweep_command)
 app.command("gc")(gc_command)
 app.command("rm")(rm_command)
 

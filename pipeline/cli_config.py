@@ -9,11 +9,12 @@ config_app = typer.Typer(help="List, show or check configurations.", no_args_is_
 
 @config_app.command("ls")
 def config_ls(as_json: AsJson = False) -> None:
-    """List the presets."""
+    """List the presets and the experiments (`rae sweep NAME`)."""
     from rae.pipeline import config as configuration
 
     console = options_for(as_json).console
-    described = {name: configuration.load(name).description for name in configuration.presets()}
+    names = [*configuration.presets(), *configuration.experiments()]
+    described = {name: configuration.load(name).description for name in names}
     if as_json:
         console.print_json(described)
     else:

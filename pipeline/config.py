@@ -4,12 +4,14 @@ import difflib
 import re
 from collections.abc import Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from rae.pipeline.sweep_section import SweepSection
 from rae.stages.section import Section
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, ShardsSection
 from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
@@ -45,6 +47,7 @@ class PipelineConfig(Section):
     train_dit: TrainDitSection | None = None
     sample: SampleSection | None = None
     evaluate: EvaluateSection | None = None
+    sweep: SweepSection | None = None
 
     @model_validator(mode="after")
     def _scored_alone(self) -> Self:
@@ -57,10 +60,17 @@ class PipelineConfig(Section):
 
 
 def presets() -> list[str]:
-    """Names of the configurations that come with rae."""
-    root = resources.files("rae.configs")
-    names = [entry.name for entry in root.iterdir() if entry.name.endswith(".yaml")]
-    return sorted(name.removesuffix(".yaml") for name in names)
+    """Names of the configurations that come with rae, the experiments apart."""
+    return _names_in(resources.files("rae.configs"))
+
+
+def experiments() -> list[str]:
+    """Names of the sweeps that come with rae."""
+    return _names_in(resources.files("rae.configs") / "experiments")
+
+
+def _names_in(folder: Traversable) -> list[str]:
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def read_text(config: str) -> str:
@@ -75,15 +85,18 @@ def read_text(config: str) -> str:
             raise MissingInput(f"the configuration file {config} cannot be read ({error.strerror})") from None
         except UnicodeDecodeError:
             raise ConfigError(f"{config} is not text in UTF-8, so it is no configuration") from None
-    if config not in presets():
-        guess = closest(config, presets())
+    root = resources.files("rae.configs")
+    if config in experiments():
+        root = root / "experiments"
+    elif config not in presets():
+        guess = closest(config, [*presets(), *experiments()])
         raise ConfigError(f"there is no preset or file `{config}`{guess}", "rae config ls")
-    return resources.files("rae.configs").joinpath(f"{config}.yaml").read_text(encoding="utf-8")
+    return root.joinpath(f"{config}.yaml").read_text(encoding="utf-8")
 
 
 def load(config: str, overrides: Sequence[str] | None = None) -> PipelineConfig:
     """Read, override and validate a configuration; `ConfigError` names every key that is wrong."""
-    value = _read(config)
+    value = _at_size(_read(config), config, overrides or ())
     for override in overrides or ():
         _apply(value, override)
     settings = validated(PipelineConfig, value, config)
@@ -101,6 +114,11 @@ def _read(config: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{config} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{config} must hold a mapping with a `name` and a section per stage")
+    return _extended(value, config, heirs)
+
+
+def _extended(value: dict[str, Any], config: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Settings upon those of the file that they `extends`, if they do; `config` is where they stand."""
     other = value.pop("extends", None)
     if other is None:
         return value
@@ -110,6 +128,21 @@ def _read(config: str, heirs: tuple[str, ...] = ()) -> dict[str, Any]:
     base = _read(str(beside) if beside.suffix in {".yaml", ".yml"} else other, (*heirs, config))
     base.pop("name", None)  # another configuration is another name
     return base | {key: _upon(base.get(key), own) for key, own in value.items()}
+
+
+def _at_size(value: dict[str, Any], config: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """A sweep's settings at the size that is asked for: upon what the size extends, and under what else it says."""
+    sweep = value.get("sweep")
+    if not isinstance(sweep, dict) or not isinstance(sweep.get("sizes"), dict):
+        return value
+    asked = [text.strip() for key, _, text in (one.partition("=") for one in overrides) if key.strip() == "sweep.size"]
+    own = sweep["sizes"].get(asked[-1] if asked else sweep.get("size", "cpu"))
+    if not isinstance(own, dict):  # validation says so
+        return value
+    base = _extended({"extends": own["extends"]}, config) if "extends" in own else {}
+    for settings in (value, {key: one for key, one in own.items() if key != "extends"}):
+        base |= {key: _upon(base.get(key), section) for key, section in settings.items()}
+    return base
 
 
 def _upon(base: Any, own: Any) -> Any:

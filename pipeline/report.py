@@ -3,13 +3,11 @@
 import datetime
 import json
 import math
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from rae.pipeline import report_scores
 from rae.pipeline.config import to_yaml
@@ -18,6 +16,7 @@ from rae.pipeline.report_charts import Floats, level_chart, loss_chart, rate_cha
 from rae.pipeline.report_facts import Facts, collect, cost, in_one_unit, lineage, machines, seconds
 from rae.pipeline.report_images import PIXELATED_UP_TO, read_gallery, read_noise_grid, read_pairs
 from rae.pipeline.report_lineage import lineage_picture
+from rae.pipeline.report_page import render_page
 from rae.store.errors import RaeError
 from rae.store.manifest import Json
 from rae.store.publish import replace_bytes
@@ -38,23 +37,8 @@ def write_report(pipeline: Pipeline) -> Path:
 
 
 def render(pipeline: Pipeline, now: datetime.datetime) -> str:
-    """The report as HTML. Names, paths and messages are untrusted text: the template escapes all of them."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["prose"] = prose
-    template = resources.files("rae.pipeline").joinpath("report.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(describe(collect(pipeline)), date=f"{now:%d %B %Y, %H:%M} UTC")
-
-
-def prose(text: str) -> Markup:
-    """Untrusted text as HTML, with what stands between backticks as code."""
-    parts = text.split("`")
-    if len(parts) % 2 == 0:
-        return escape(text)
-    return Markup().join(
-        Markup("<code>{}</code>").format(part) if place % 2 else escape(part) for place, part in enumerate(parts)
-    )
+    """The report as HTML."""
+    return render_page("report.html", describe(collect(pipeline)), now)
 
 
 def describe(facts: Facts) -> Json:

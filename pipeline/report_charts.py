@@ -15,6 +15,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 20, 10, 42
 _POINTS = 600  # what a line of this width can show
 _LOG_FROM_RATIO = 4.0
 _FEWEST_TICKS = 4
+COLOURS = 6  # of lines in one drawing; the style sheet names them s0 to s5
 _MANTISSAS = ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 4, 5, 6, 8))
 
 
@@ -67,6 +68,63 @@ def level_chart(levels: Floats, scores: Floats, title: str, y_label: str) -> Mar
     parts = [_y_ticks(up), _x_ticks(across, height), _x_name("noise on the tokens", height)]
     parts.append(_y_name(y_label, (_TOP + height - _BOTTOM) / 2))
     return _svg(title, height, [*parts, _line(across(levels), up(scores), "line"), _dots(across(levels), up(scores))])
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A row of `spread_chart`: its label, a value for each seed, and what others published of it."""
+
+    label: str
+    values: tuple[float, ...]
+    published: tuple[float, ...] = ()
+
+
+def spread_chart(spots: Sequence[Spot], title: str, x_label: str) -> Markup:
+    """Means with one standard deviation to each side as an `svg` element, a row each; faint dots are single seeds.
+
+    Published values are rings.
+    """
+    left, row = 12 + 7 * min(26, max(len(spot.label) for spot in spots)), 24
+    height = _TOP + row * len(spots) + _BOTTOM
+    every = [value for spot in spots for value in (*spot.values, *spot.published)]
+    low, high = min(every), max(every)
+    room = (high - low) * 0.08
+    across = make_axis(low - room, high + room, left, _WIDTH - _RIGHT)
+    parts = [_x_ticks(across, height), _x_name(x_label, height)]
+    for place, spot in enumerate(spots):
+        y = _TOP + row * (place + 0.5)
+        mean, spread = float(np.mean(spot.values)), float(np.std(spot.values, ddof=1)) if len(spot.values) > 1 else 0.0
+        a, b = float(across(mean - spread)), float(across(mean + spread))
+        each = "".join(f'<circle cx="{float(across(one)):.1f}" cy="{y:.1f}" r="2.5"/>' for one in spot.values)
+        parts += [
+            f'<text class="name" x="{left - 9}" y="{y + 4:.1f}" text-anchor="end">{escape(spot.label[:26])}</text>',
+            f'<line class="whisker" x1="{a:.1f}" x2="{b:.1f}" y1="{y:.1f}" y2="{y:.1f}"/><g class="each">{each}</g>',
+            f'<g class="dots"><circle cx="{float(across(mean)):.1f}" cy="{y:.1f}" r="3.8"/></g>',
+            *(
+                f'<circle class="published" cx="{float(across(one)):.1f}" cy="{y:.1f}" r="4.5"/>'
+                for one in spot.published
+            ),
+        ]
+    return _svg(title, height, parts)
+
+
+def lines_chart(series: Sequence[tuple[Floats, Floats]], title: str, x_label: str, y_label: str) -> Markup:
+    """Lines over one another as an `svg` element, each (x [N], y [N]) in a colour of its own, smoothed where dense.
+
+    x is increasing, y finite, N at least 1, and there is at least one line.
+    """
+    height = 250
+    drawn = [thin(x, running_mean(y, smoothing_window(len(y)))) for x, y in series]
+    every = np.concatenate([y for _, y in drawn])
+    log, low, high = uses_log(every), float(every.min()), float(every.max())
+    room = (high / low) ** 0.05 if log else (high - low) * 0.06
+    low, high = (low / room, high * room) if log else (low - room, high + room)
+    across = make_axis(0.0, max(float(x.max()) for x, _ in drawn), _LEFT, _WIDTH - _RIGHT)
+    up = make_axis(low, high, height - _BOTTOM, _TOP, log=log)
+    parts = [_y_ticks(up), _x_ticks(across, height), _x_name(x_label, height)]
+    parts.append(_y_name(f"{y_label}, log scale" if log else y_label, (_TOP + height - _BOTTOM) / 2))
+    parts += [_line(across(x), up(y), f"s{place % COLOURS}") for place, (x, y) in enumerate(drawn)]
+    return _svg(title, height, parts)
 
 
 def rate_chart(steps: Floats, rate: Floats, title: str) -> Markup:
