@@ -45,9 +45,6 @@ class Alone:
     def broadcast(self, value: T) -> T:
         return value
 
-    def barrier(self) -> None:
-        """There is nobody to wait for."""
-
 
 @contextmanager
 def processes(device: str) -> Iterator["Ranks | Alone"]:

@@ -24,7 +24,7 @@ from rae.pipeline.tasks import shards_task
 from rae.stages.job import Job, Publish, Result
 from rae.stages.sections import ShardsSection
 from rae.store.artifacts import Work, Workspace
-from rae.store.errors import ConfigError, CorruptData, MissingInput, PartialResult, RaeError, StaleInput
+from rae.store.errors import ConfigError, CorruptData, MissingInput, Overtaken, PartialResult, RaeError, StaleInput
 from rae.store.lease import held
 from rae.store.manifest import (
     Artifact,
@@ -42,6 +42,7 @@ from rae.store.publish import fsync_folder, publish_bytes
 if TYPE_CHECKING:
     from rae.stages.training.ranks import Ranks
 
+_ATTEMPTS = 5  # to finish what others are at work on too
 _REFUSALS = {
     errno.EACCES,
     errno.EPERM,
@@ -195,19 +196,31 @@ def _make(workspace: Workspace, name: str, task: Task, options: Options, process
     begin = partial(workspace.begin, task.stage.kind, name, task.recipe, inputs, options.restart)
     work = processes.broadcast(begin() if processes.is_main else None)
     assert work is not None
-    try:
-        missing = processes.broadcast(_missing_milestones(workspace, task, work) if processes.is_main else None)
-        publish = partial(_publish_milestone, workspace, task, work, options)
-        with workspace.sending(work) if processes.is_main else nullcontext():
-            manifest = _run(task, work, launch.device_of(options.device), options, missing or frozenset(), publish)
-    except BaseException:
-        if processes.is_main:
-            workspace.abandon(work)
-        raise
-    if processes.is_main:
-        workspace.publish(work, manifest)
-    processes.barrier()
+    publish = partial(_publish_milestone, workspace, task, work, options)
+    for attempt in range(_ATTEMPTS):
+        try:
+            missing = processes.broadcast(_missing_milestones(workspace, task, work) if processes.is_main else None)
+            with workspace.sending(work) if processes.is_main else nullcontext():
+                manifest = _run(task, work, launch.device_of(options.device), options, missing or frozenset(), publish)
+        except BaseException:
+            if processes.is_main:
+                workspace.abandon(work)
+            raise
+        overtaken = processes.broadcast(_publish(workspace, work, manifest) if processes.is_main else None)
+        if overtaken is None:
+            break
+        if attempt + 1 == _ATTEMPTS:
+            raise overtaken
     return read_artifact(work.folder)
+
+
+def _publish(workspace: Workspace, work: Work, manifest: Manifest) -> Overtaken | None:
+    """Publish what was made; what others had done of it before, if that makes it another."""
+    try:
+        workspace.publish(work, manifest)
+    except Overtaken as overtaken:
+        return overtaken
+    return None
 
 
 def _missing_milestones(workspace: Workspace, task: Task, work: Work) -> frozenset[int]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rae.store.errors import ConfigError, CorruptData, MissingInput, StaleInput
+from rae.store.errors import ConfigError, CorruptData, MissingInput, Overtaken, StaleInput
 from rae.store.json_data import parse_object
 from rae.store.manifest import (
     ID,
@@ -288,13 +288,12 @@ class Workspace:
     def publish(self, work: Work, manifest: Manifest) -> Artifact:
         """Publish what `work` made, or adopt what somebody else published first; the name then points to it.
 
-        A milestone takes no name of its own: it is found by its run's.
+        A milestone takes no name of its own: it is found by its run's. Raises `Overtaken` where parts were made
+        otherwise by others, who were first: theirs lie in the folder then, and what describes all parts is made anew.
         """
         key = f"objects/{work.kind}/{recipe_id(work.recipe)}"
         if not self.is_local:
-            from rae.store.transfer import copy_payload
-
-            copy_payload(LocalFolder(self.root), self.objects, Artifact(work.folder, manifest))
+            self._send(work, manifest)
         self.objects.create(f"{key}/manifest.json", manifest.to_json())
         artifact = self.find(work.kind, work.recipe)
         if artifact is None:
@@ -302,6 +301,22 @@ class Workspace:
         if "milestone" not in work.recipe:
             self.name(artifact, work.name)
         return artifact
+
+    def _send(self, work: Work, manifest: Manifest) -> None:
+        from rae.store.sending import fetch_unfinished
+        from rae.store.transfer import send_work
+
+        made = Artifact(work.folder, manifest)
+        there = self.objects.read(f"{made.key}/manifest.json")
+        if there is not None:
+            if Manifest.from_json(there, f"{self.place}/{made.key}/manifest.json").content != manifest.content:
+                shutil.rmtree(work.folder)  # the folder is to show what lies there
+            return
+        try:
+            send_work(self.objects, self.root, made)
+        except Overtaken:
+            fetch_unfinished(self.objects, made.key, work.folder)
+            raise
 
     def name(self, artifact: Artifact, name: str) -> None:
         """Let `KIND/NAME` mean this artifact."""

@@ -45,6 +45,10 @@ class PartialResult(RaeError):
     exit_code = 6
 
 
+class Overtaken(PartialResult):
+    """Others had made some of the work, otherwise, and were first: theirs is taken, and the rest is to be done anew."""
+
+
 class OthersAtWork(RaeError):
     """This process has done its share, and others have not: no failure, but nothing is published yet (exit code 0)."""
 

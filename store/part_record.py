@@ -5,6 +5,7 @@ latents the codes, then the scales), or null for a row that has no latent; `inde
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,12 @@ def content_digest(layout: LatentLayout, part_contents: Sequence[str]) -> str:
 def record_path(folder: Path, number: int) -> Path:
     """Where the record of a part lies below a store's folder."""
     return folder / FOLDER / f"{number:06d}.json"
+
+
+def part_of(path: str) -> int | None:
+    """The number of the part that a file belongs to, by its path below a store's folder; None if it is of none."""
+    match = re.fullmatch(rf"(?:{FOLDER}/0*|[a-z]+/c/)(\d+)(?:\.(?:json|npz)|(?:/0){{4}})", path)
+    return int(match[1]) if match else None
 
 
 def is_recorded(folder: Path, number: int) -> bool:

@@ -2,7 +2,8 @@
 
 Stages write every file under a temporary name and give it its own when it is whole; a part's record and a checkpoint's
 `checkpoint.json` come last. So whatever has a name can be sent, those two after the rest, and an attempt in the bucket
-is at any moment one that a killed process might have left on a disk.
+is at any moment one that a killed process might have left on a disk. Of latents it is parts alone: tables say what all
+of them hold. Of a part that another machine has sent first, made otherwise, nothing more is sent.
 """
 
 import logging
@@ -12,9 +13,9 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Self
 
-from rae.store.errors import RaeError
+from rae.store.errors import RaeError, StaleInput
 from rae.store.mirror import LIES_AT
-from rae.store.part_record import FOLDER
+from rae.store.part_record import FOLDER, part_of
 from rae.store.remote import LocalFolder, ObjectStore
 from rae.store.zarr_shard import file_sha256
 
@@ -32,6 +33,8 @@ class Sending:
     def __init__(self, objects: ObjectStore, key: str, folder: Path, every_s: float = _EVERY_S) -> None:
         self._objects, self._key, self._folder, self._every_s = objects, key, folder, every_s
         self._sent: dict[str, tuple[int, int]] = {}
+        self._parts_alone = key.startswith("objects/latents/")
+        self._lost = set[int]()
         self._over = Event()
         self._thread = Thread(target=self._work, name="sending", daemon=True)
 
@@ -54,9 +57,16 @@ class Sending:
         try:
             found = dict(_whole_files(self._folder))
             for path in sorted(found, key=_comes_last):
-                if self._sent.get(path) != found[path]:
+                part = part_of(path) if self._parts_alone else None
+                if self._sent.get(path) == found[path] or part in self._lost or (self._parts_alone and part is None):
+                    continue
+                try:
                     self._send(path)
                     self._sent[path] = found[path]
+                except StaleInput:
+                    if part is None:
+                        raise
+                    self._lost.add(part)  # publication takes theirs
             for path in sorted(self._sent.keys() - found.keys(), key=_comes_last, reverse=True):
                 self._objects.remove(f"{self._key}/{path}")
                 del self._sent[path]

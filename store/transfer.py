@@ -6,16 +6,17 @@ import random
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, Protocol
 
-from rae.store.errors import CorruptData, MissingInput, StaleInput
+from rae.store.errors import CorruptData, MissingInput, Overtaken, StaleInput
 from rae.store.latents_index import PARTS_FILE, PARTS_SCHEMA, read_columns
 from rae.store.latents_verify import Mode
 from rae.store.layout import LatentLayout
 from rae.store.manifest import Artifact, canonical
-from rae.store.part_record import FOLDER, moments_path, record_path
-from rae.store.remote import ObjectStore, checked
+from rae.store.part_record import FOLDER, moments_path, part_of, record_path
+from rae.store.remote import LocalFolder, ObjectStore, checked
 
 _TRANSFERS = 8
 _CLAIM = "claim.json"
@@ -44,6 +45,10 @@ def payload_files(objects: ObjectStore, artifact: Artifact) -> Iterator[Payload]
     """Every file of an artifact in `objects`; those of latents' parts come first, as the table of parts lists them."""
     if artifact.kind == "latents":
         yield from _part_files(objects, artifact)
+    yield from _listed_files(artifact)
+
+
+def _listed_files(artifact: Artifact) -> Iterator[Payload]:
     for entry in artifact.manifest.files:
         yield Payload(entry["path"], entry["bytes"], entry["sha256"])
 
@@ -111,6 +116,40 @@ def copy_payload(source: ObjectStore, target: ObjectStore, artifact: Artifact, c
     is_ours = artifact.kind != "latents" or target.create(f"{key}/{_CLAIM}", claim)
     if not is_ours and target.read(f"{key}/{_CLAIM}") not in (claim, None):
         raise StaleInput(f"somebody is bringing another content of {artifact.kind}/{artifact.id} to {target.place}")
+    _copy(source, target, artifact, payload_files(source, artifact), carried)
+    if artifact.kind == "latents":
+        target.remove(f"{key}/{_CLAIM}")  # every name is taken now
+
+
+def send_work(target: ObjectStore, root: Path, artifact: Artifact) -> None:
+    """Bring what this machine made below `root` to where its workspace lies.
+
+    Parts of latents that others brought there first, and made otherwise, are taken in place of ours: the tables are
+    then to be made anew, which `Overtaken` says. Raises `CorruptData` as `copy_payload` does.
+    """
+    source = LocalFolder(root)
+    if artifact.kind == "latents":
+        refused: list[str] = []
+        _copy(source, target, artifact, _part_files(source, artifact), untold, refused)
+        if refused:
+            lost = {part_of(path) for path in refused}
+            of_parts = [file for file in _part_files(source, artifact) if part_of(file.path) in lost]
+            for file in (*of_parts, *_listed_files(artifact)):
+                (artifact.folder / file.path).unlink(missing_ok=True)
+            raise Overtaken(f"{len(lost)} parts of {artifact.ref} are in {target.place} already as others made them")
+    _copy(source, target, artifact, _listed_files(artifact), untold)
+
+
+def _copy(
+    source: ObjectStore,
+    target: ObjectStore,
+    artifact: Artifact,
+    files: Iterator[Payload],
+    carried: Carried,
+    refused: list[str] | None = None,
+) -> None:
+    """Copy files of an artifact that are not there; paths whose content there is another go to `refused` if given."""
+    key = artifact.key
     there = {stored.key: stored.bytes for stored in target.below(key)}
     lock, done, moved = Lock(), 0, 0
 
@@ -120,7 +159,12 @@ def copy_payload(source: ObjectStore, target: ObjectStore, artifact: Artifact, c
         # An object appears whole, and with a digest of its own; its size alone says nothing.
         has = there.get(where) == file.bytes and target.digest(where) == file.sha256
         if not has:
-            target.write(where, source.stream(where), file.bytes, file.sha256)
+            try:
+                target.write(where, source.stream(where), file.bytes, file.sha256)
+            except StaleInput:
+                if refused is None:
+                    raise
+                refused.append(file.path)
         with lock:
             done, moved = done + file.bytes, moved + (0 if has else file.bytes)
             carried(done, moved)
@@ -128,7 +172,7 @@ def copy_payload(source: ObjectStore, target: ObjectStore, artifact: Artifact, c
     with ThreadPoolExecutor(_TRANSFERS, thread_name_prefix="transfer") as pool:
         under_way = deque[Future[None]]()
         try:
-            for file in payload_files(source, artifact):
+            for file in files:
                 if len(under_way) == 4 * _TRANSFERS:
                     under_way.popleft().result()
                 under_way.append(pool.submit(copy, file))
@@ -137,5 +181,3 @@ def copy_payload(source: ObjectStore, target: ObjectStore, artifact: Artifact, c
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    if artifact.kind == "latents":
-        target.remove(f"{key}/{_CLAIM}")  # every name is taken now

@@ -201,8 +201,47 @@ def test_images_in_a_bucket_and_on_a_web_server_make_the_same_artifacts(finished
         open_objects(place).create(path.name, path.read_bytes())
     numbers = [f"{{0000..{len(list(shards.glob(f'{name}-*.tar'))) - 1:04d}}}" for name in ("train", "val")]
     sets = f"shards.train={place}/train-{numbers[0]}.tar", f"shards.val={web.url}/val-{numbers[1]}.tar"
-    rae.verb("run", "-s", sets[0], "-s", sets[1], "-s", "shards.val_fraction=0").succeeded()
+    words = [word for one in (*sets, "shards.val_fraction=0", "shards.limit=null") for word in ("-s", one)]
+    rae.verb("run", *words).succeeded()
     for kind in ("latents", "decoder", "scores"):
         assert rae.content(kind) == finished.content(kind), kind
     assert not list(rae.workspace.glob("objects/shards/*"))
     rae("inspect", "latents/tiny", "-w", rae.workspace).succeeded()
+
+
+def test_parts_that_another_machine_made_otherwise_and_first_are_taken(trained: Rae, rae: Rae, s3, monkeypatch) -> None:
+    from rae.stages import parts
+
+    place, real, calls = s3.place(), parts._encode_batch, 0
+    trained("push", "shards/tiny", "--to", place, "-w", trained.workspace).succeeded()
+
+    def slightly_otherwise(*given):
+        samples, latents = real(*given)
+        return samples, latents * 1.01
+
+    monkeypatch.setattr(parts, "_encode_batch", slightly_otherwise)
+    other = trained.copy(trained.folder / "other", "shards")
+    other.verb("encode").succeeded()
+    made = Workspace(other.workspace).resolve("latents/tiny")
+    theirs = [path for path in made.folder.rglob("*") if path.match("c/1/*/*/*/*") or path.match("parts/000001.*")]
+    assert len(theirs) == 3
+
+    def after_the_others(*given):
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            for path in theirs:
+                key = f"{made.key}/{path.relative_to(made.folder).as_posix()}"
+                open_objects(place).create(key, path.read_bytes())
+        return real(*given)
+
+    monkeypatch.setattr(parts, "_encode_batch", after_the_others)
+    rae.workspace = place
+    rae.verb("encode").succeeded()
+    rae("verify", "latents/tiny", "-w", place, "--full").succeeded()
+    rae("pull", "latents/tiny", "--from", place, "-w", rae.folder / "here", "--alone").succeeded()
+    rae("verify", "latents/tiny", "-w", rae.folder / "here", "--full").succeeded()
+    for path in theirs:
+        assert open_objects(place).read(f"{made.key}/{path.relative_to(made.folder)}") == path.read_bytes()
+    contents = {rae.artifact("latents/tiny")["content"], other.content("latents"), trained.content("latents")}
+    assert len(contents) == 3

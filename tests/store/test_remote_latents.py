@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rae.store.artifacts import Workspace
-from rae.store.errors import ConfigError, CorruptData, MissingInput
+from rae.store.artifacts import Work, Workspace
+from rae.store.errors import ConfigError, CorruptData, MissingInput, Overtaken
 from rae.store.latents import LatentStore
+from rae.store.latents_finish import LatentsSummary, finish
 from rae.store.manifest import Manifest
 from rae.store.remote import open_objects
 from rae.store.transfer import copy_payload
@@ -22,18 +23,21 @@ from tests.store.conftest import Given
 SAMPLES = (20, 12)
 
 
-def store_in(place: str, given: Given, folder: Path) -> str:
-    """Latents as an artifact at `place`; returns their REF."""
-    workspace = Workspace(folder)
-    recipe = {"kind": "latents", "config": {"encode": {}}, "inputs": {}}
-    work = workspace.begin("latents", "given", recipe, {})
-    summary = given.write(work.folder)
+def described(work: Work, summary: LatentsSummary) -> Manifest:
     files = [
         {"path": str(path.relative_to(work.folder)), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in summary.files
     ]
     metrics = {"bytes": summary.bytes, "seconds": 1.0}
-    made = workspace.publish(work, Manifest("latents", "given", recipe, summary.content, {}, {}, files, metrics))
+    return Manifest("latents", "given", work.recipe, summary.content, {}, {}, files, metrics)
+
+
+def store_in(place: str, given: Given, folder: Path) -> str:
+    """Latents as an artifact at `place`; returns their REF."""
+    workspace = Workspace(folder)
+    recipe = {"kind": "latents", "config": {"encode": {}}, "inputs": {}}
+    work = workspace.begin("latents", "given", recipe, {})
+    made = workspace.publish(work, described(work, given.write(work.folder)))
     target = Workspace(place)
     copy_payload(workspace.objects, target.objects, made)
     target.adopt(made)
@@ -192,3 +196,51 @@ def test_a_forked_process_is_told_how_to_read(stored) -> None:
             os._exit(0)
     os.waitpid(child, 0)
     assert b"multiprocessing_context='spawn'" in os.read(read, 1000)
+
+
+@pytest.mark.parametrize("first", ["one", "other"])
+def test_two_machines_that_make_the_same_latents_otherwise_agree(given, s3, tmp_path, monkeypatch, first) -> None:
+    place = s3.place()
+    recipe = {"kind": "latents", "config": {"encode": {}}, "inputs": {}}
+    makers = {"one": given(SAMPLES, seed=0, invalid=()), "other": given(SAMPLES, seed=1, invalid=())}
+    works = {}
+
+    def on(machine: str) -> Workspace:
+        monkeypatch.setenv("RAE_CACHE", str(tmp_path / machine))
+        return Workspace(place)
+
+    def encode(machine: str, *parts: int) -> None:
+        workspace = on(machine)
+        with workspace.sending(works[machine]):
+            for part in parts:
+                makers[machine].write_part(works[machine].folder, part)
+
+    def publish(machine: str) -> None:
+        workspace, maker = on(machine), makers[machine]
+        for _ in range(2):
+            summary = finish(works[machine].folder, maker.layout, maker.parts, maker.sources)
+            try:
+                workspace.publish(works[machine], described(works[machine], summary))
+                return
+            except Overtaken:
+                continue
+        pytest.fail("what the others made was not taken")
+
+    for machine in makers:
+        works[machine] = on(machine).begin("latents", "given", recipe, {})
+    last = range(1, len(makers["one"].parts))
+    encode("one", 0)
+    encode("other", 0, *last)
+    encode("one", *last)
+    for machine in (first, *(makers.keys() - {first})):
+        publish(machine)
+    on("third")
+    third = remote(place)
+    for machine in makers:
+        on(machine)
+        assert_same(batches(remote(place)), batches(third))
+    raw = LatentStore(Workspace(place).resolve("latents/given").payload, raw=True)
+    for machine, rows in (("one", np.arange(0, 4)), ("other", np.arange(4, 32))):
+        found = raw.rows(rows, np.zeros_like(rows))
+        np.testing.assert_array_equal(found, makers[machine].latents[rows, 0])
+    assert not list(Workspace(place).unfinished())
