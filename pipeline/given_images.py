@@ -106,7 +106,7 @@ def _task(pipeline: Pipeline, images: str) -> Task:
         "classes": train.classes if train is not None else None,
         "reading": pipeline.reading(),
     }
-    config = {"evaluate": settings, "image_size": size}
+    config: Json = {"evaluate": settings, "encode": {"image_size": size}}
     recipe = _STAGE.recipe(config, inputs, weights=extractor_files(section).digests, images=digests, **real)
 
     def run(job: Job) -> Result:

@@ -64,6 +64,7 @@ def test_the_same_images_are_scored_once_and_other_images_anew(known: Rae) -> No
     of_reconstructions = ("-s", "evaluate.reconstructions=3", "-s", "evaluate.perceptual_distance=none")
     assert known.verb(*words, *of_reconstructions).succeeded().json["reused"]
     assert known.artifact("scores/mine")["id"] == made["id"] == known.artifact("scores/tiny-images")["id"]
+    assert "image_size: 32" in known("inspect", "scores/mine", "-w", known.workspace).succeeded().out
     dry = ("evaluate", "--dry-run", "--images")
     planned = known.verb(*dry, known.folder / "tiny.npz").succeeded().out
     assert planned == f"scores/tiny-images: already done, scores/{made['id']}\n"
