@@ -71,14 +71,14 @@ METRICS = (
         "precision",
         True,
         ".3f",
-        "share of the row's pictures that lie no farther from some held-out image than its {nearest_k} nearest held-out"
+        "share of the row's pictures that lie no farther from some {real} image than its {nearest_k} nearest {real}"
         " neighbours, in the extractor's features. Says that pictures look real, not that they vary.",
     ),
     Metric(
         "recall",
         True,
         ".3f",
-        "the same with the roles changed: share of the held-out images that lie no farther from some picture of the"
+        "the same with the roles changed: share of the {real} images that lie no farther from some picture of the"
         " row than its {nearest_k} nearest neighbours in the row. Says how much of the real variety is made; one"
         " picture per class, repeated, reaches nearly 0.",
     ),
@@ -87,23 +87,23 @@ METRICS = (
         True,
         ".3f",
         "how many real balls of the same kind hold a picture of the row, divided by {nearest_k}: real pictures reach"
-        " about 1, and one picture per class, amid its class, can reach far more. Like precision, but one odd held-out"
+        " about 1, and one picture per class, amid its class, can reach far more. Like precision, but one odd {real}"
         " image cannot make everything look real.",
     ),
     Metric(
         "coverage",
         True,
         ".3f",
-        "share of the held-out images whose ball holds some picture of the row. Like recall, but pictures far from"
+        "share of the {real} images whose ball holds some picture of the row. Like recall, but pictures far from"
         " everything cannot make up for those that are missing.",
     ),
     Metric(
         "frechet_distance",
         False,
         ".4g",
-        "distance between Gaussians fitted to the extractor's features of the row and of the held-out images. It falls"
-        " with the number of pictures and depends on the extractor: the row `real` is what can be hoped for here, and"
-        " the value is no FID of any paper.",
+        "distance between Gaussians fitted to the extractor's features of the row and of the {real} images. It falls"
+        " with the number of pictures and depends on the extractor{called}: the row `real` is what can be hoped for"
+        " here.",
     ),
     Metric(
         "kernel_distance",
@@ -160,8 +160,12 @@ def columns(scores: Scores) -> list[Metric]:
 
 def meaning(metric: Metric, protocol: Json) -> str:
     """The metric's sentence, with this protocol's numbers."""
+    fields = dict(protocol_fields(protocol))
     return metric.meaning.format(
-        transfer_images=protocol.get("transfer_images", "some"), nearest_k=protocol.get("nearest_k", "k")
+        transfer_images=protocol.get("transfer_images", "some"),
+        nearest_k=protocol.get("nearest_k", "k"),
+        real="reference" if "reference.digest" in fields else "held-out",
+        called="" if fields.get("extractor.name") == "inception" else " (with this one it is no FID of any paper)",
     )
 
 

@@ -76,7 +76,8 @@ def extract(
     """Features of all images, in files of `folder`; chunks that are there already, or in `earlier`, are taken over.
 
     Every rank calls this and takes every world-size-th chunk; all of them return the features of all. `check_stop` is
-    called after each chunk, when nothing would be lost. Raises what reading the images raises.
+    called after each chunk, when nothing would be lost. Raises what reading the images raises, CorruptData for features
+    that are not finite.
     """
     ranks = ranks or Ranks()
     count = len(images.labels)
@@ -102,11 +103,15 @@ def _chunk(extractor: Extractor, images: ImageSet, rows: range) -> tuple[NDArray
     features, usable = [], []
     with ThreadPoolExecutor(1) as reader:
         waiting = reader.submit(images.read, blocks[0])
-        for following in [*blocks[1:], None]:
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             pixels, kept = waiting.result()
             if following is not None:
                 waiting = reader.submit(images.read, following)
-            features.append(extractor.block(pixels))
+            found = extractor.block(pixels)
+            finite = np.isfinite(found).all(axis=1) | ~kept
+            if not finite.all():
+                raise CorruptData(f"The features of image {block[int(np.argmin(finite))]} are not finite (from 0).")
+            features.append(found)
             usable.append(kept)
     return np.concatenate(features), np.concatenate(usable)
 

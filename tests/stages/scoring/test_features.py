@@ -14,7 +14,7 @@ from rae.stages.scoring import features as module
 from rae.stages.scoring.extractors import BLOCK_SIZE, Extractor, Preprocessing
 from rae.stages.scoring.feature_rows import Gathered
 from rae.stages.scoring.features import Features, extract
-from rae.stages.scoring.frechet import Moments, frechet_distance
+from rae.stages.scoring.frechet import frechet_distance
 from rae.stages.scoring.image_sets import ArrayImages
 from rae.stages.training.ranks import Ranks
 from rae.store.errors import CorruptData
@@ -142,4 +142,4 @@ def test_features_that_are_not_finite_are_named(images: np.ndarray, tmp_path: Pa
 
     images[50] = 0
     with pytest.raises(CorruptData, match="image 50 are not finite"):
-        Moments.of(extract(extractor(Broken()), ArrayImages(images), tmp_path))
+        extract(extractor(Broken()), ArrayImages(images), tmp_path)
