@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from rae.pipeline import config as configuration
 from rae.pipeline.plan import STAGES, Pipeline
 from rae.pipeline.report import prose, render, write_report
+from rae.pipeline.report_scores import METRICS, meaning
 from rae.store.artifacts import Workspace
 from rae.store.errors import CorruptData
 from rae.store.manifest import Json, Manifest
@@ -408,3 +409,13 @@ def test_lineage_is_drawn_with_a_box_for_each_artifact_and_a_line_for_each_input
     ]
     assert picture.count("<rect") == len(made) > 4
     assert picture.count("<path") == len(lines) > 0
+
+
+def test_a_metric_says_what_it_was_taken_against_and_with() -> None:
+    (distance,) = (metric for metric in METRICS if metric.name == "frechet_distance")
+    held_out = meaning(distance, {"extractor": {"name": "dinov2-edm2"}, "reference": {"images": "held out"}})
+    assert "of the held-out images" in held_out
+    assert "no FID of any paper" in held_out
+    published = meaning(distance, {"extractor": {"name": "inception"}, "reference": {"digest": "12", "split": "train"}})
+    assert "of the reference images" in published
+    assert "no FID" not in published

@@ -168,7 +168,7 @@ def test_an_npz_that_is_damaged_is_named(pictures: np.ndarray, tmp_path: Path) -
         buffer = BytesIO()
         np.save(buffer, pictures)
         archive.writestr("arr_0.npy", buffer.getvalue()[:-500])
-    with pytest.raises(CorruptData, match="image 21 is cut off"):
+    with pytest.raises(CorruptData, match="says that it holds 23 images, and is too short"):
         NpzImages(path).read(range(COUNT))
 
 
@@ -179,3 +179,25 @@ def test_a_flipped_bit_in_an_npz_does_not_go_unseen(pictures: np.ndarray, tmp_pa
     (tmp_path / "a.npz").write_bytes(data)
     with pytest.raises(CorruptData, match="is damaged"):
         NpzImages(tmp_path / "a.npz").read(range(COUNT))
+
+
+def test_an_npz_is_not_taken_at_its_word_about_its_length(tmp_path: Path) -> None:
+    def npy(shape: tuple[int, ...], dtype: str, data: bytes) -> bytes:
+        buffer = BytesIO()
+        np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+        return buffer.getvalue() + data
+
+    def written(**members: bytes) -> Path:
+        with zipfile.ZipFile(tmp_path / "forged.npz", "w") as archive:
+            for name, data in members.items():
+                archive.writestr(f"{name}.npy", data)
+        return tmp_path / "forged.npz"
+
+    with pytest.raises(CorruptData, match="holds 1000000000000 images, and is too short for them"):
+        NpzImages(written(arr_0=npy((10**12, 8, 8, 3), "|u1", bytes(192))))
+    images = npy((2, 8, 8, 3), "|u1", bytes(384))
+    with pytest.raises(StaleInput, match="not a label for each image"):
+        NpzImages(written(arr_0=images, arr_1=npy((10**12,), "<i8", bytes(16))))
+    with pytest.raises(CorruptData, match="is no npz with images"):
+        NpzImages(written(arr_0=images, arr_1=npy((2,), "<i8", bytes(7))))
+    assert NpzImages(written(arr_0=images, arr_1=npy((2,), "<i8", bytes(16)))).labels.tolist() == [0, 0]
