@@ -15,7 +15,7 @@ from rae.pipeline.sweep_section import SweepSection
 from rae.stages.section import Section
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection, ShardsSection
 from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
-from rae.store.artifacts import check_name
+from rae.store.catalog import check_name
 from rae.store.errors import ConfigError, MissingInput
 
 S = TypeVar("S", bound=Section)

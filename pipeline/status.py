@@ -6,7 +6,8 @@ import shutil
 from rae.pipeline.console import Console, duration, size
 from rae.pipeline.plan import STAGES, Pipeline
 from rae.stages.sections import EncodeSection
-from rae.store.artifacts import Unfinished, Workspace
+from rae.store.artifacts import Workspace
+from rae.store.catalog import Unfinished
 from rae.store.errors import MissingInput, RaeError
 from rae.store.layout import LatentLayout
 from rae.store.lineage import Lineage

@@ -19,7 +19,8 @@ from rae.pipeline.plan import Pipeline, Stage
 from rae.pipeline.preflight import preflight
 from rae.pipeline.sweep_section import Overrides, SweepSection
 from rae.stages.section import Section
-from rae.store.artifacts import Workspace, check_name
+from rae.store.artifacts import Workspace
+from rae.store.catalog import check_name
 from rae.store.errors import ConfigError, PartialResult, RaeError
 from rae.store.lease import leased
 from rae.store.manifest import Json, canonical, recipe_id

@@ -3,7 +3,8 @@
 from dataclasses import asdict, replace
 
 from rae.pipeline.console import Console
-from rae.store.artifacts import Workspace, check_name
+from rae.store.artifacts import Workspace
+from rae.store.catalog import check_name
 from rae.store.errors import ConfigError
 from rae.store.manifest import Artifact
 from rae.store.notes import read_notes, write_notes

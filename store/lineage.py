@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from rae.store.artifacts import Damaged, Workspace
+from rae.store.artifacts import Workspace
+from rae.store.catalog import Damaged
 from rae.store.manifest import Artifact, Json, differing_fields
 
 

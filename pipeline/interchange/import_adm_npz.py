@@ -18,7 +18,8 @@ from rae.pipeline.runner import Options, Outcome
 from rae.stages.job import Job, Result
 from rae.stages.models.weights import digest_file
 from rae.stages.sources import Split
-from rae.store.artifacts import Workspace, check_name
+from rae.store.artifacts import Workspace
+from rae.store.catalog import check_name
 from rae.store.errors import ConfigError, CorruptData, MissingInput
 from rae.store.manifest import Json
 

@@ -15,7 +15,8 @@ from rae.stages.job import Job, Result
 from rae.stages.models.model_folder import hub_snapshot, read_json
 from rae.stages.models.own_encoder import OwnEncoder
 from rae.stages.models.weights import locate_encoder
-from rae.store.artifacts import Workspace, check_name
+from rae.store.artifacts import Workspace
+from rae.store.catalog import check_name
 from rae.store.errors import ConfigError, MissingInput, StaleInput
 from rae.store.manifest import Json, differing_fields
 

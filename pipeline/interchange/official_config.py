@@ -24,7 +24,7 @@ from rae.pipeline.interchange.official_yaml import (
     time_dist_shift,
 )
 from rae.stages.models.model_folder import read_json
-from rae.store.artifacts import check_name
+from rae.store.catalog import check_name
 from rae.store.errors import ConfigError
 
 _DINOV2_B = "facebook/dinov2-with-registers-base"

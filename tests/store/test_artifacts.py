@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from rae.store.artifacts import Workspace, check_name
+from rae.store.artifacts import Workspace
+from rae.store.catalog import check_name
 from rae.store.errors import ConfigError, CorruptData, MissingInput, StaleInput
 from rae.store.manifest import recipe_id
 from tests.store.making import describe, make, recipe
