@@ -17,7 +17,8 @@ from sklearn.datasets import load_digits
 
 from rae.pipeline import config as configuration
 from rae.pipeline.plan import STAGES, Pipeline
-from rae.pipeline.report import prose, render, write_report
+from rae.pipeline.report import render, write_report
+from rae.pipeline.report_page import prose
 from rae.pipeline.report_scores import METRICS, meaning
 from rae.store.artifacts import Workspace
 from rae.store.errors import CorruptData
