@@ -252,9 +252,7 @@ def main() -> None:
     except stopping.Stopped as stopped:
         _fail(stopping.as_error(stopped.number, stopping.again()))
     except OSError as error:
-        from rae.pipeline.runner import explained
-
-        explanation = explained(error, stopping.again())
+        explanation = stopping.explained(error, stopping.again())
         if explanation is None:
             raise
         _fail(explanation)

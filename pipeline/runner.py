@@ -1,22 +1,18 @@
 """Is it done? -> run -> verify -> publish. The same four steps for every stage."""
 
 import datetime
-import errno
-import hashlib
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rae.pipeline import launch, stopping
 from rae.pipeline.console import Console
+from rae.pipeline.describing import describe
 from rae.pipeline.longer_runs import sampled
 from rae.pipeline.plan import STAGES, Pipeline, Stage, Task
 from rae.pipeline.stopping import again
@@ -24,7 +20,7 @@ from rae.pipeline.tasks import shards_task
 from rae.stages.job import Job, Publish, Result
 from rae.stages.sections import ShardsSection
 from rae.store.artifacts import Work, Workspace
-from rae.store.errors import ConfigError, CorruptData, MissingInput, Overtaken, PartialResult, RaeError, StaleInput
+from rae.store.errors import ConfigError, Overtaken, PartialResult, RaeError, StaleInput
 from rae.store.lease import held
 from rae.store.manifest import (
     Artifact,
@@ -37,22 +33,12 @@ from rae.store.manifest import (
     recipe_id,
 )
 from rae.store.milestones import Run, milestone
-from rae.store.publish import fsync_folder, publish_bytes
+from rae.store.publish import publish_bytes
 
 if TYPE_CHECKING:
     from rae.stages.training.ranks import Ranks
 
 _ATTEMPTS = 5  # to finish what others are at work on too
-_REFUSALS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.EMFILE,
-}
 
 
 @dataclass(frozen=True)
@@ -150,7 +136,7 @@ def run_stage(pipeline: Pipeline, stage: Stage, options: Options) -> Outcome:
         task = pipeline.task(stage.name)
         return make(pipeline.workspace, (task.name or pipeline.config.name) + pipeline.suffix, task, options)
     except OSError as error:
-        raise explained(error, options.command) or error from error
+        raise stopping.explained(error, options.command) or error from error
     except PartialResult as error:
         raise type(error)(error.message, options.command) from error
     except RaeError as error:
@@ -241,7 +227,9 @@ def _publish_milestone(
     work = workspace.begin_milestone(run, step)
     started, device = datetime.datetime.now(datetime.UTC), launch.device_of(options.device)
     try:
-        made = workspace.publish(work, _manifest(task, work, write(work.attempt), started, device, options))
+        made = workspace.publish(
+            work, describe(task, work, write(work.attempt), started, device, options.crew, options.command)
+        )
     except BaseException:  # it is written again when training comes by again
         shutil.rmtree(work.attempt, ignore_errors=True)
         raise
@@ -284,60 +272,4 @@ def _run(
         result = task.run(job)
     seconds = round(time.monotonic() - clock, 2)
     result = replace(result, metrics={"seconds": seconds, **result.metrics})
-    return _manifest(task, work, result, started, device, options)
-
-
-def _manifest(
-    task: Task, work: Work, result: Result, started: datetime.datetime, device: str, options: Options
-) -> Manifest:
-    return Manifest(
-        kind=work.kind,
-        name=work.name,
-        recipe=work.recipe,
-        content=result.content,
-        inputs={role: artifact.as_input() for role, artifact in task.inputs.items()},
-        config=work.recipe["config"],
-        files=_files(work, result),
-        metrics=result.metrics,
-        provenance={
-            "created": started.isoformat(timespec="seconds"),
-            "command": options.command,
-            "rae": metadata.version("rae-pipeline"),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            **launch.provenance(device, options.crew),
-            **result.provenance,
-        },
-    )
-
-
-def _files(work: Work, result: Result) -> list[Json]:
-    """Digest the payload as it lies on the disk, and see to it that it does, before a manifest vouches for it.
-
-    A file that a stage claims and did not write is an error.
-    """
-    flush = work.kind != "latents"  # whose parts were flushed one by one as they were published
-    entries, folders = [], set[Path]()
-    for path in sorted(result.files):
-        if not path.is_file():
-            raise CorruptData(f"the stage said it wrote {path}, and it is not there")
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if flush:
-                os.fsync(file.fileno())
-        relative = path.relative_to(work.folder)
-        folders.update(work.folder / parent for parent in relative.parents)
-        entries.append({"path": relative.as_posix(), "bytes": path.stat().st_size, "sha256": digest})
-    for folder in folders if flush else ():
-        fsync_folder(folder)
-    return entries
-
-
-def explained(error: OSError, command: str) -> RaeError | None:
-    """An operating system's error in a person's words, if a person can do something about it."""
-    where = error.filename or "a file"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return PartialResult(f"no room for {where} ({error.strerror}); what is done is kept: free some", command)
-    if error.errno in _REFUSALS:
-        return MissingInput(f"{where} can't be read or written ({error.strerror})")
-    return None
+    return describe(task, work, result, started, device, options.crew, options.command)

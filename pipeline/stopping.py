@@ -3,6 +3,7 @@
 What is published is whole whenever a process ends; stopping gently only saves the work since the last checkpoint.
 """
 
+import errno
 import os
 import shlex
 import signal
@@ -13,7 +14,18 @@ from contextlib import contextmanager
 from types import FrameType
 
 from rae.pipeline.launch import is_main
-from rae.store.errors import Interrupted, PartialResult
+from rae.store.errors import Interrupted, MissingInput, PartialResult, RaeError
+
+_REFUSALS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.EMFILE,
+}
 
 _ASKED = b"\nrae: stops as soon as nothing is lost; the next signal stops at once\n"
 # SIGUSR1 is what a batch system is told to send ahead of its limit: torchrun passes SIGTERM on, which ranks would get
@@ -103,3 +115,13 @@ def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[Calla
         yield restore
     finally:
         restore()
+
+
+def explained(error: OSError, command: str) -> RaeError | None:
+    """An operating system's error in a person's words, if a person can do something about it."""
+    where = error.filename or "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return PartialResult(f"no room for {where} ({error.strerror}); what is done is kept: free some", command)
+    if error.errno in _REFUSALS:
+        return MissingInput(f"{where} can't be read or written ({error.strerror})")
+    return None

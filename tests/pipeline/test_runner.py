@@ -13,7 +13,8 @@ from rae.pipeline import config as configuration
 from rae.pipeline import runner
 from rae.pipeline.console import Console
 from rae.pipeline.plan import STAGES, Pipeline, Stage, Task
-from rae.pipeline.runner import Options, explained
+from rae.pipeline.runner import Options
+from rae.pipeline.stopping import explained
 from rae.stages.job import Job, Result
 from rae.store.artifacts import Workspace
 from rae.store.errors import ConfigError, CorruptData, Interrupted, MissingInput, PartialResult, RaeError
