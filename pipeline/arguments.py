@@ -30,6 +30,9 @@ TryOut = Annotated[
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Drop unfinished work of this name with other settings.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto.")]
+ProfileSteps = Annotated[
+    int, typer.Option("--profile", metavar="N", min=0, help="Write a trace of N steps to WORKSPACE/runs/profiles.")
+]
 DEFAULT_WORKSPACE = "rae-workspace"
 
 

@@ -5,6 +5,7 @@ Nothing heavy is imported here: `rae --help` costs what a bare typer program cos
 
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -15,6 +16,7 @@ from rae.pipeline.arguments import (
     Config,
     Device,
     DryRun,
+    ProfileSteps,
     Quiet,
     Restart,
     Set,
@@ -98,6 +100,7 @@ def _trainer_command(name: str, summary: str) -> None:
         quiet: Quiet = False,
         dry_run: TryOut = False,
         restart: Restart = False,
+        profile: ProfileSteps = 0,
         device: Device = "auto",
     ) -> None:
         from rae.pipeline.dry_run import show_dry_run
@@ -106,7 +109,7 @@ def _trainer_command(name: str, summary: str) -> None:
         if dry_run:
             show_dry_run(pipeline, name, options)
         else:
-            run_verb(name, pipeline, options)
+            run_verb(name, pipeline, replace(options, profile_steps=profile))
 
     app.command(name.replace("_", "-"), help=summary)(command)
 

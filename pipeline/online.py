@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rae.pipeline import longer_runs
 from rae.pipeline.plan import Pipeline
 from rae.pipeline.tasks import evaluation_references
@@ -13,6 +16,7 @@ from rae.stages.sections import EvaluateSection, SampleSection
 from rae.stages.training.sections import TrainDitSection
 from rae.store.errors import ConfigError
 from rae.store.manifest import Artifact, Manifest
+from rae.store.samples import read_batches
 
 if TYPE_CHECKING:
     from rae.stages.training.online import Evaluation
@@ -62,4 +66,7 @@ def online_evaluation(pipeline: Pipeline) -> "Evaluation | None":
         result = evaluate.run(scoring, source, held_out, pipeline.encoder_source, {**given, "samples": samples}, scored)
         return {name: value for name, value in result.metrics.items() if not name.startswith("reconstruction_")}
 
-    return Evaluation(section.evaluate_every, score, section.keep_best is not None)
+    def images(folder: Path) -> NDArray[np.uint8]:
+        return next(read_batches(folder / "samples")).images[:16]
+
+    return Evaluation(section.evaluate_every, score, section.keep_best is not None, images)

@@ -17,7 +17,7 @@ from rae.pipeline.longer_runs import sampled
 from rae.pipeline.plan import STAGES, Pipeline, Stage, Task
 from rae.pipeline.stopping import again
 from rae.pipeline.tasks import shards_task
-from rae.stages.job import Job, Publish, Result
+from rae.stages.job import Job, Observed, Publish, Result
 from rae.stages.sections import ShardsSection
 from rae.store.artifacts import Work, Workspace
 from rae.store.errors import ConfigError, Overtaken, PartialResult, RaeError, StaleInput
@@ -50,6 +50,7 @@ class Options:
     crew: launch.Crew = field(default_factory=launch.Crew)
     console: Console = field(default_factory=Console)
     command: str = field(default_factory=again)  # what continues this run
+    profile_steps: int = 0  # of a training
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,7 @@ def _run(
     publish: Publish | None = None,
 ) -> Manifest:
     started, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+    observers = work.folder.parents[2] / "runs"  # in the workspace, beside objects/KIND/ID
     with options.console.progress(task.stage.verb) as progress, stopping.requested(options.command) as stop:
         job = Job(
             folder=work.attempt,
@@ -268,6 +270,7 @@ def _run(
             spread=launch.spread(options.crew, task.unit, options.device) if task.unit else None,
             milestones=milestones,
             publish=publish,
+            observed=Observed(f"{work.kind}/{work.name}", work.recipe, observers, options.profile_steps),
         )
         result = task.run(job)
     seconds = round(time.monotonic() - clock, 2)

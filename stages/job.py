@@ -47,6 +47,19 @@ class Beginning:
 
 
 @dataclass(frozen=True)
+class Observed:
+    """What those who watch a training are told: its name, like `dit/mine`, and its settings.
+
+    What they write goes into `folder`, which belongs to no artifact. `profile_steps` steps are to be profiled.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    folder: Path
+    profile_steps: int = 0
+
+
+@dataclass(frozen=True)
 class Job:
     """One attempt at a stage's work.
 
@@ -56,6 +69,7 @@ class Job:
     after saving. `stopping` says beforehand whether that is about to happen. `share` is (i, n): of the units of work
     that can be done apart, those whose number is i modulo n are its own. `spread` has others do them, if they are to.
     `milestones` are the steps of a training that are to be published, by `publish`, and are not yet.
+    `observed` is what those who watch a training are told.
     """
 
     folder: Path
@@ -68,6 +82,7 @@ class Job:
     spread: Spread | None = None
     milestones: frozenset[int] = frozenset()
     publish: Publish | None = None
+    observed: Observed | None = None
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,12 @@ from rae.stages.training.learner import B, NonFinite, Trainee
 from rae.stages.training.metrics_log import Meter, MetricsLog
 from rae.stages.training.online import Evaluation, OnlineScores
 from rae.stages.training.optimizer import learning_rate, steps_per_epoch, total_steps
+from rae.stages.training.profiling import profiled
 from rae.stages.training.ranks import Ranks
 from rae.stages.training.results import Results, check_milestones
 from rae.stages.training.section import TrainingSection
+from rae.stages.training.trackers import begin_trackers
+from rae.stages.training.watchdog import watched
 from rae.store.errors import PartialResult
 
 logger = logging.getLogger("rae.train")
@@ -55,13 +58,20 @@ def train(
     check_milestones(job.milestones, done, total)
     results = Results(learner, payload, meter, section, per_epoch, job, ranks)
     results.go_on_from(attempt, done)
-    log = MetricsLog(job.folder, done, attempt) if ranks.is_main else None
+    trackers = begin_trackers(section.trackers if ranks.is_main else (), job, done)
+    log = MetricsLog(job.folder, done, attempt, trackers) if ranks.is_main else None
     online = OnlineScores(evaluation, results, log, job, ranks)
     online.catch_up(done)
     steps = range(done, total)
-    with closing(prefetch(lambda step: batch(*divmod(step, per_epoch)), steps, section.workers)) as batches:
+    with (
+        closing(trackers),
+        closing(prefetch(lambda step: batch(*divmod(step, per_epoch)), steps, section.workers)) as batches,
+        watched(ranks, section.hang_report_s) as watchdog,
+        profiled(job.observed, ranks, learner.device) as profile,
+    ):
         mark = time.perf_counter()
         while done < total:
+            watchdog.at(done + 1)
             asked = time.perf_counter()
             item = next(batches)
             data_wait = time.perf_counter() - asked
@@ -73,6 +83,7 @@ def train(
             done, now = done + 1, time.perf_counter()
             meter.add(numbers, now - mark, data_wait)
             mark = now
+            profile.step(done)
             speed = {
                 "images_per_s": meter.window.per_second(section.batch_size),
                 "data_wait": meter.window.data_wait,
@@ -97,6 +108,7 @@ def train(
             if stop:
                 # Another rank was asked, and its `check_stop` has raised.
                 raise PartialResult(f"training stopped at step {done} of {total}; its checkpoint is saved")
+            watchdog.at(None)
             mark += online.catch_up(done)
     speed = {"images_per_s": meter.run.per_second(section.batch_size), "data_wait": meter.run.data_wait}
     return results.finished(done, speed)

@@ -9,15 +9,22 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from rae.stages.training.trackers import Trackers
 from rae.store.errors import CorruptData
 from rae.store.publish import replace_bytes
 
 
 class MetricsLog:
-    """`FOLDER/metrics.jsonl`. Every line has a `step`; what is not finite is written as null, since JSON has no NaN."""
+    """`FOLDER/metrics.jsonl`. Every line has a `step`; what is not finite is written as null, since JSON has no NaN.
 
-    def __init__(self, folder: Path, step: int = 0, earlier: Path | None = None) -> None:
+    `trackers` are told the same numbers.
+    """
+
+    def __init__(
+        self, folder: Path, step: int = 0, earlier: Path | None = None, trackers: Trackers | None = None
+    ) -> None:
         """Begin at `step`, with the lines up to there that the attempt `earlier` (default: this one) has left."""
+        self.trackers = trackers or Trackers({})
         self.path = folder / "metrics.jsonl"
         left = (earlier or folder) / self.path.name
         lines = [line for line in read(left) if line["step"] <= step] if left.exists() else []
@@ -28,6 +35,7 @@ class MetricsLog:
         """Append a line, of numbers or words; another process sees it at once, and a kill does not lose it."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(_line({"step": step, **numbers}))
+        self.trackers.numbers(step, {name: value for name, value in numbers.items() if not isinstance(value, str)})
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchvision.utils import make_grid
+
 from rae.stages.job import Job
 from rae.stages.training.metrics_log import MetricsLog, read
 from rae.stages.training.ranks import Ranks
@@ -20,12 +25,14 @@ class Evaluation:
     """What to do every `every` steps: `score` the model in a folder with the weights named, all ranks together.
 
     `score` works in the folder of the job that it is given, and returns its numbers to rank 0. With `keep_best` the
-    step whose EMA has the least Fréchet distance so far is published.
+    step whose EMA has the least Fréchet distance so far is published. `images` are some of those that `score` drew in a
+    folder, uint8 [N, S, S, 3].
     """
 
     every: int
     score: Callable[[Path, Literal["ema", "model"], Job], Mapping[str, float]]
     keep_best: bool = False
+    images: Callable[[Path], NDArray[np.uint8]] | None = None
 
 
 class Models(Protocol):
@@ -75,6 +82,8 @@ class OnlineScores:
             self._models.publish(done, "best")
         if self._log is not None:
             self._log.log(step=done, **numbers)
+            if self._log.trackers and evaluation.images is not None:
+                self._log.trackers.image(done, "samples", _side_by_side(evaluation.images(folder / "ema")))
             self._scored[done] = numbers[f"ema_{BEST}"]
             shutil.rmtree(folder, ignore_errors=True)
         return time.perf_counter() - began
@@ -85,3 +94,9 @@ class OnlineScores:
 
     def _is_best(self, score: float | None) -> bool:
         return score is not None and all(score < other for other in self._scored.values() if other is not None)
+
+
+def _side_by_side(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Images uint8 [N, S, S, 3] as one, four in a row."""
+    sheet: NDArray[np.uint8] = make_grid(torch.from_numpy(images).permute(0, 3, 1, 2), 4).permute(1, 2, 0).numpy()
+    return sheet

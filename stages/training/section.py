@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from rae.stages.section import Location, Positive, Precision, Rate, Runtime, Section
 
 Parallel = Literal["ddp", "fsdp2"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 class TrainingSection(Section):
@@ -20,6 +21,9 @@ class TrainingSection(Section):
     `grad_accum_steps` cuts each rank's share of a global batch into as many parts, one after another: less memory, the
     same step. `parallel` says how ranks hold the model: `ddp`, each all of it, or `fsdp2`, each a slice. Like the
     number of ranks, both change results in their rounding only, and are in no recipe.
+
+    `trackers` are told the numbers of `metrics.jsonl`, images and settings, too. A rank that is in the same step for
+    `hang_report_s` seconds says where.
     """
 
     seed: int = 0
@@ -45,6 +49,8 @@ class TrainingSection(Section):
     parallel: Annotated[Parallel, Runtime] = "ddp"
     workers: Annotated[int, Field(ge=0), Runtime] = 2
     log_every: Annotated[int, Field(gt=0), Runtime] = 50
+    trackers: Annotated[tuple[Tracker, ...], Runtime] = ()
+    hang_report_s: Annotated[float, Field(gt=0), Runtime] = 600.0
     checkpoint_every: Annotated[int, Field(gt=0), Runtime] = 1000
     keep_checkpoints: Annotated[int, Field(gt=0), Runtime] = 2
     publish_at: Annotated[tuple[Positive, ...], Runtime] = ()
