@@ -7,7 +7,7 @@ from rae.pipeline.console import Console, duration
 from rae.pipeline.plan import STAGES, Pipeline
 from rae.pipeline.status import plan_row
 from rae.pipeline.sweep import Piece, Sweep, pieces
-from rae.stages.training.sections import TrainingSection
+from rae.stages.training.section import TrainingSection
 from rae.store.errors import RaeError
 from rae.store.manifest import Artifact, Json
 from rae.store.order import steps_per_epoch

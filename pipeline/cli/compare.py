@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from rae.pipeline.arguments import DEFAULT_WORKSPACE, AsJson, WorkspaceOption, options_for
+from rae.pipeline.cli.arguments import DEFAULT_WORKSPACE, AsJson, WorkspaceOption, options_for
 
 
 def compare_command(

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from rae.pipeline.arguments import DEFAULT_WORKSPACE, AsJson, Ref, Set, WorkspaceOption, options_for, prepare
+from rae.pipeline.cli.arguments import DEFAULT_WORKSPACE, AsJson, Ref, Set, WorkspaceOption, options_for, prepare
 
 
 def inspect_command(

@@ -3,14 +3,13 @@
 Nothing heavy is imported here: `rae --help` costs what a bare typer program costs.
 """
 
-import os
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from rae.pipeline.arguments import (
+from rae.pipeline.cli.arguments import (
     DEFAULT_WORKSPACE,
     AsJson,
     Config,
@@ -27,17 +26,17 @@ from rae.pipeline.arguments import (
     run_verb,
     show_plan,
 )
-from rae.pipeline.cli_compare import compare_command
-from rae.pipeline.cli_config import config_app
-from rae.pipeline.cli_evaluate import evaluate_command
-from rae.pipeline.cli_export import export_app
-from rae.pipeline.cli_gc import gc_command, rm_command
-from rae.pipeline.cli_import import import_app
-from rae.pipeline.cli_inspect import diff_command, inspect_command, tag_command
-from rae.pipeline.cli_shards import shards_command
-from rae.pipeline.cli_sharing import pull_command, push_command
-from rae.pipeline.cli_sweep import sweep_command
-from rae.pipeline.cli_verify import verify_command
+from rae.pipeline.cli.compare import compare_command
+from rae.pipeline.cli.config import config_app
+from rae.pipeline.cli.evaluate import evaluate_command
+from rae.pipeline.cli.exports import export_app
+from rae.pipeline.cli.gc import gc_command, rm_command
+from rae.pipeline.cli.imports import import_app
+from rae.pipeline.cli.inspect import diff_command, inspect_command, tag_command
+from rae.pipeline.cli.shards import shards_command
+from rae.pipeline.cli.sharing import pull_command, push_command
+from rae.pipeline.cli.sweep import sweep_command
+from rae.pipeline.cli.verify import verify_command
 
 if TYPE_CHECKING:
     from rae.store.errors import RaeError
@@ -270,14 +269,3 @@ def _tell(error: "RaeError") -> None:
 def _fail(error: "RaeError") -> NoReturn:
     _tell(error)
     sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":  # torchrun -m rae.pipeline.cli
-    try:
-        main()
-        code = 0
-    except SystemExit as done:
-        code = int(done.code or 0)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # gloo's threads can abort an interpreter that shuts down around them, after all is done

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rae.pipeline.arguments import DEFAULT_WORKSPACE, AsJson, Quiet, Ref, WorkspaceOption, options_for
+from rae.pipeline.cli.arguments import DEFAULT_WORKSPACE, AsJson, Quiet, Ref, WorkspaceOption, options_for
 
 export_app = typer.Typer(help="Write artifacts for other programs.", no_args_is_help=True, rich_markup_mode=None)
 

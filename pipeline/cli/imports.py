@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rae.pipeline.arguments import DEFAULT_WORKSPACE, AsJson, Quiet, Restart, WorkspaceOption, options_for
+from rae.pipeline.cli.arguments import DEFAULT_WORKSPACE, AsJson, Quiet, Restart, WorkspaceOption, options_for
 
 import_app = typer.Typer(help="Bring in models made elsewhere.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -2,7 +2,7 @@
 
 import typer
 
-from rae.pipeline.arguments import AsJson, Config, Set, options_for
+from rae.pipeline.cli.arguments import AsJson, Config, Set, options_for
 
 config_app = typer.Typer(help="List, show or check configurations.", no_args_is_help=True, rich_markup_mode=None)
 

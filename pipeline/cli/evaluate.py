@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from rae.pipeline.arguments import (
+from rae.pipeline.cli.arguments import (
     DEFAULT_WORKSPACE,
     AsJson,
     Device,

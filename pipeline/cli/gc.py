@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rae.pipeline.arguments import DEFAULT_WORKSPACE, AsJson, Quiet, Ref, WorkspaceOption, options_for
+from rae.pipeline.cli.arguments import DEFAULT_WORKSPACE, AsJson, Quiet, Ref, WorkspaceOption, options_for
 
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from rae.pipeline.arguments import DEFAULT_WORKSPACE, AsJson, Quiet, Ref, WorkspaceOption, options_for
+from rae.pipeline.cli.arguments import DEFAULT_WORKSPACE, AsJson, Quiet, Ref, WorkspaceOption, options_for
 
 Alone = Annotated[bool, typer.Option("--alone", help="The artifact without what it was made from.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be copied and how many bytes; copy nothing.")]
