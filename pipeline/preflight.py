@@ -12,6 +12,7 @@ from rae.pipeline.tasks import evaluation_lpips, evaluation_references, extracto
 from rae.stages.models.weights import locate_dino, locate_lpips
 from rae.stages.sections import EncodeSection, EvaluateSection, SampleSection
 from rae.stages.training.sections import TrainDecoderSection, TrainDitSection
+from rae.stages.training.trackers import check_installed
 from rae.store.errors import ConfigError, MissingInput, RaeError, StaleInput
 from rae.store.manifest import Json, differing_fields
 
@@ -100,6 +101,13 @@ def _origins_of(stage: longer_runs.Trainer) -> Callable[[Pipeline], None]:
     def check(pipeline: Pipeline) -> None:
         config = {stage: getattr(pipeline.config, stage).in_recipe()}
         longer_runs.check_continues({"config": config}, longer_runs.origins(pipeline, stage))
+
+    return check
+
+
+def _trackers_of(stage: longer_runs.Trainer) -> Callable[[Pipeline], None]:
+    def check(pipeline: Pipeline) -> None:
+        check_installed(getattr(pipeline.config, stage).trackers)
 
     return check
 
@@ -211,8 +219,9 @@ _CHECKS: dict[str, tuple[Callable[[Pipeline], object], ...]] = {
         _perceptual,
         _discriminator,
         _origins_of("train_decoder"),
+        _trackers_of("train_decoder"),
     ),
-    "train_dit": (_train_dit, _origins_of("train_dit")),
+    "train_dit": (_train_dit, _origins_of("train_dit"), _trackers_of("train_dit")),
     "sample": (_sample, _guide),
     "evaluate": (_held_out, _scored_decoder, _extractor, evaluation_references, _distance),
 }

@@ -71,15 +71,20 @@ class Trackers:
                 del self._trackers[name]
 
 
+def check_installed(names: Sequence[str]) -> None:
+    """Raise `MissingInput` for the first tracker whose package is not there."""
+    for name in names:
+        if find_spec(name) is None:
+            raise MissingInput(f"`trackers` has {name}, which is not installed", f'pip install "rae-pipeline[{name}]"')
+
+
 def begin_trackers(names: Sequence[str], job: Job, step: int) -> Trackers:
     """The trackers named, told that this job's training goes on after `step` steps.
 
     Attempts at the same work are one run. Raises `MissingInput` for a package that is not installed, `ConfigError` if
     a tracker can't begin.
     """
-    for name in names:
-        if find_spec(name) is None:
-            raise MissingInput(f"`trackers` has {name}, which is not installed", f'pip install "rae-pipeline[{name}]"')
+    check_installed(names)
     if not names or job.observed is None:
         return Trackers({})
     run, begun = _run_id(job), dict[str, Tracker]()

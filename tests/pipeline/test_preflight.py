@@ -9,6 +9,7 @@ import yaml
 from rae.pipeline.config import load
 from rae.pipeline.plan import Pipeline
 from rae.pipeline.preflight import preflight
+from rae.stages.training import trackers
 from rae.store.artifacts import Workspace
 from rae.store.errors import ConfigError, MissingInput, StaleInput
 from tests.conftest import Rae
@@ -23,6 +24,14 @@ def refused(tmp_path: Path) -> Any:
         assert not (tmp_path / "w").exists()
 
     return run
+
+
+def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_encoded(
+    refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    with pytest.raises(MissingInput, match="has wandb, which is not installed"):
+        refused("train_dit.trackers=[wandb]")
 
 
 def test_the_quickstart_passes(refused: Any) -> None:
