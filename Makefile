@@ -27,7 +27,7 @@ test: .venv/installed-test
 	$(MAKE) check
 
 check: lint
-	.venv/bin/pytest
+	.venv/bin/pytest -n logical --maxprocesses 8 --dist worksteal
 
 lint:
 	.venv/bin/ruff check .
