@@ -1,8 +1,6 @@
 """A training that is built and ready: to be run, or to be tried out first, so that what fails does so now."""
 
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from torch import nn
 
 from rae.stages.job import Job, Result
 from rae.stages.models.payload import Payload
+from rae.stages.peak_memory import peak_memory_bytes
 from rae.stages.training.learner import Batch, Trainee
 from rae.stages.training.loop import train
 from rae.stages.training.online import Evaluation
@@ -115,8 +114,7 @@ class Training(Generic[B]):
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory_bytes()
 
 
 def _memory(device: torch.device) -> int:

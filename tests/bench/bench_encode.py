@@ -10,7 +10,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from rae.stages.job import Job
 from rae.stages.models.encoders import load_encoder
 from rae.stages.models.pixels import to_unit
 from rae.stages.models.weights import EncoderSource, locate_encoder
+from rae.stages.peak_memory import peak_memory_bytes
 from rae.stages.sections import EncodeSection
 from rae.store.latents_takeover import EarlierParts
 from rae.store.latents_writer import PartWriter
@@ -185,7 +185,7 @@ def print_peak(folder: Path, count: int) -> None:
     latents.mkdir()
     source = open_source(folder / f"shards-{count}" / "train-*.tar")
     encode.run(TINY, source, locate_encoder(TINY.encoder), Job(latents), EarlierParts())
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(peak_memory_bytes() // 1024)
 
 
 def main() -> None:

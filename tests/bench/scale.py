@@ -8,7 +8,6 @@
 """
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from rae.stages.peak_memory import peak_memory_bytes
 from rae.store.latents import LatentStore
 from rae.store.latents_finish import finish, write_parts_table
 from rae.store.latents_index import INDEX_SCHEMA, SLOTS_PER_GROUP, TableWriter
@@ -135,8 +135,7 @@ def measure(folder: Path, batch_size: int = 1024) -> dict[str, float]:
 
 def peak_mb() -> float:
     """The most memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1e6 if sys.platform == "darwin" else 1e3), 1)
+    return round(peak_memory_bytes() / 1e6, 1)
 
 
 def main() -> None:

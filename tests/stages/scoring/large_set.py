@@ -3,7 +3,6 @@
 A process of its own, since a peak never falls.
 """
 
-import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from rae.stages.job import Job
+from rae.stages.peak_memory import peak_memory_bytes
 from rae.stages.scoring.extractors import Extractor, Preprocessing
 from rae.stages.scoring.npz_images import NpzImages
 from rae.stages.scoring.scores import GenerationScores
@@ -43,7 +43,7 @@ def main(npz: Path, count: int, folder: Path) -> None:
     config = EvaluateSection(classifier="none", baselines=False, kid_subset_size=100)
     scores = GenerationScores(NpzImages(npz), Drawn(count, 0), Drawn(count, 1), extractor, config, Job(folder)).rows()
     assert scores["samples"].keys() == scores["real"].keys()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+    print(peak_memory_bytes() / 2**20)
 
 
 if __name__ == "__main__":
