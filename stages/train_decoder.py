@@ -64,9 +64,10 @@ class Batch:
     def split(self, parts: int) -> list["Batch"]:
         """The same samples in equal parts, in order."""
         size = len(self.rows) // parts
-        return [self._only(slice(first, first + size)) for first in range(0, len(self.rows), size)]
+        return [self.only(slice(first, first + size)) for first in range(0, len(self.rows), size)]
 
-    def _only(self, rows: slice) -> "Batch":
+    def only(self, rows: slice) -> "Batch":
+        """Some of the samples."""
         return replace(
             self,
             images=self.images[rows],
@@ -121,15 +122,18 @@ def prepare(section: TrainDecoderSection, given: Given, beginning: Beginning, ki
     place: dict[str, Any] = {"rows": len(feed), "ranks": ranks}
     per_epoch = steps_per_epoch(section, len(feed))
     reconstruction = reconstruction_of(section, perceptual, per_epoch)
-    discriminator = build_discriminator(section, encoder)
-    learner = build_learner(
-        decoder, discriminator, tokens_of(section, encoder), reconstruction, section, device=device, **place
-    )
+    discriminator, tokens = build_discriminator(section, encoder), tokens_of(section, encoder)
+    learner = build_learner(decoder, discriminator, tokens, reconstruction, section, device=device, **place)
     order = GlobalShuffle(len(feed))
 
     def batch(epoch: int, step: int) -> Batch:
         rows = batch_rows(order, section.batch_size, section.seed, epoch, step, ranks.rank, ranks.world_size)
         return make_batch(section, feed, info, rows, (epoch, step), device)
+
+    def show(batch: Batch) -> Tensor:
+        """Images and, below them, what the average makes of their clean tokens."""
+        first = batch.only(slice(0, 8))
+        return torch.cat([first.images, learner.ema.model(tokens(first)[0]).clamp(0, 1)])
 
     described = {
         "perceptual_loss": perceptual.description if perceptual is not None else "none",
@@ -138,7 +142,7 @@ def prepare(section: TrainDecoderSection, given: Given, beginning: Beginning, ki
     payload = replace(decoder_payload(config, info.to_json()), metrics=described)
     networks = [network for network in (encoder, perceptual, discriminator) if network is not None]
     every_loss = max(section.start_step(part, per_epoch) for part in ("perceptual", "disc", "gan"))
-    return Training(learner, batch, section, payload, networks=networks, every_loss=every_loss, **place)
+    return Training(learner, batch, section, payload, networks=networks, every_loss=every_loss, show=show, **place)
 
 
 def open_feed(section: TrainDecoderSection, given: Given, encoder: Encoder | None) -> tuple[Feed, EncoderInfo, int]:

@@ -29,7 +29,7 @@ B = TypeVar("B", bound=Batch)
 class Training(Generic[B]):
     """What `train` is given; and, to be counted, the `networks` of its losses, frozen but for a discriminator's heads.
 
-    Every loss has begun by step `every_loss`, counted from 0.
+    Every loss has begun by step `every_loss`, counted from 0. `show` makes images of a batch to look at.
     """
 
     learner: Trainee[B]
@@ -40,11 +40,12 @@ class Training(Generic[B]):
     ranks: Ranks
     networks: Sequence[nn.Module] = ()
     every_loss: int = 0
+    show: Callable[[B], torch.Tensor] | None = None
 
     def run(self, job: Job, continued: Path | None, evaluation: Evaluation | None = None) -> Result:
         """Train to the end; as `train`."""
         given = self.learner, self.batch, self.section, self.payload
-        how: dict[str, Any] = {"continued": continued, "evaluation": evaluation}
+        how: dict[str, Any] = {"continued": continued, "evaluation": evaluation, "show": self.show}
         return train(*given, rows=self.rows, job=job, ranks=self.ranks, **how)
 
     def dry_run(self) -> Json:

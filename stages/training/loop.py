@@ -6,7 +6,7 @@ same number of threads and ranks: everything a step changes is in the checkpoint
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rae.stages.job import Job, Result
 from rae.stages.models.payload import Payload
+from rae.stages.models.pixels import to_uint8
 from rae.stages.training.checkpoints import load, newest
 from rae.stages.training.data import prefetch
 from rae.stages.training.learner import B, NonFinite, Trainee
@@ -25,7 +26,7 @@ from rae.stages.training.profiling import profiled
 from rae.stages.training.ranks import Ranks
 from rae.stages.training.results import Results, check_milestones
 from rae.stages.training.section import TrainingSection
-from rae.stages.training.trackers import begin_trackers
+from rae.stages.training.trackers import Trackers, begin_trackers
 from rae.stages.training.watchdog import watched
 from rae.store.errors import PartialResult
 
@@ -43,13 +44,15 @@ def train(
     ranks: Ranks,
     continued: Path | None = None,
     evaluation: Evaluation | None = None,
+    show: Callable[[B], Tensor] | None = None,
 ) -> Result:
     """Train to the end, from the newest checkpoint of this job's attempts or else the finished run's, `continued`.
 
     `batch(epoch, step)` makes this rank's share of a global batch, in up to `section.workers` threads at once: it
     reads and draws, and leaves arithmetic whose order of summation matters to the loss. Milestones are published before
     the checkpoint of their step is saved, so that no resume passes one by. Returns what was made, which `payload`
-    describes, its last checkpoint included. Raises `PartialResult` or `Interrupted`, after saving, when the job is
+    describes, its last checkpoint included. Trackers get what `show` makes of a batch with each checkpoint, images
+    [N, 3, S, S] in [0, 1]. Raises `PartialResult` or `Interrupted`, after saving, when the job is
     asked to stop; `ConfigError` for a milestone that lies where this training does not come by; `NonFinite` when more
     steps than `section.max_skipped_steps` have come to nothing.
     """
@@ -89,8 +92,7 @@ def train(
                 "data_wait": meter.window.data_wait,
             }
             if ranks.is_main:
-                loss = {"loss": float(numbers["loss"])} if numbers else {}
-                job.progress(done, total, "steps", **loss, **speed)
+                job.progress(done, total, "steps", **_loss_of(numbers), **speed)
             if done % section.log_every == 0 or done == total:
                 meter.sums = _mean(meter.sums, ranks)
                 meter.close_window()
@@ -103,6 +105,7 @@ def train(
             if saves:
                 meter.sums = _mean(meter.sums, ranks)
                 results.checkpoint(done)
+                _show(show, item, done, learner, trackers)
                 ranks.barrier()
                 job.check_stop()
             if stop:
@@ -112,6 +115,19 @@ def train(
             mark += online.catch_up(done)
     speed = {"images_per_s": meter.run.per_second(section.batch_size), "data_wait": meter.run.data_wait}
     return results.finished(done, speed)
+
+
+def _loss_of(numbers: Mapping[str, float | Tensor]) -> dict[str, float]:
+    return {"loss": float(numbers["loss"])} if numbers else {}
+
+
+def _show(show: Callable[[B], Tensor] | None, batch: B, done: int, learner: Trainee[B], trackers: Trackers) -> None:
+    # A model in shards would have to be gathered, and stay so until the next step.
+    if show is None or not trackers or learner.section.parallel == "fsdp2":
+        return
+    with torch.no_grad(), learner.autocast():
+        images = to_uint8(show(batch).float())
+    trackers.images(done, "reconstructions", images)
 
 
 def _skip(error: NonFinite, step: int, meter: Meter, limit: int, log: MetricsLog | None) -> None:

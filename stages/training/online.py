@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torchvision.utils import make_grid
 
 from rae.stages.job import Job
 from rae.stages.training.metrics_log import MetricsLog, read
@@ -83,7 +81,7 @@ class OnlineScores:
         if self._log is not None:
             self._log.log(step=done, **numbers)
             if self._log.trackers and evaluation.images is not None:
-                self._log.trackers.image(done, "samples", _side_by_side(evaluation.images(folder / "ema")))
+                self._log.trackers.images(done, "samples", evaluation.images(folder / "ema"))
             self._scored[done] = numbers[f"ema_{BEST}"]
             shutil.rmtree(folder, ignore_errors=True)
         return time.perf_counter() - began
@@ -94,9 +92,3 @@ class OnlineScores:
 
     def _is_best(self, score: float | None) -> bool:
         return score is not None and all(score < other for other in self._scored.values() if other is not None)
-
-
-def _side_by_side(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Images uint8 [N, S, S, 3] as one, four in a row."""
-    sheet: NDArray[np.uint8] = make_grid(torch.from_numpy(images).permute(0, 3, 1, 2), 4).permute(1, 2, 0).numpy()
-    return sheet

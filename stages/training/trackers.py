@@ -53,9 +53,13 @@ class Trackers:
         """Tell numbers of a step."""
         self._each(lambda tracker: tracker.numbers(step, values))
 
-    def image(self, step: int, name: str, image: NDArray[np.uint8]) -> None:
-        """Show an image, uint8 [H, W, 3]."""
-        self._each(lambda tracker: tracker.image(step, name, image))
+    def images(self, step: int, name: str, images: NDArray[np.uint8]) -> None:
+        """Show images, uint8 [N, S, S, 3], as one: eight in a row."""
+        import torch
+        from torchvision.utils import make_grid
+
+        sheet = make_grid(torch.from_numpy(images).permute(0, 3, 1, 2), nrow=8).permute(1, 2, 0).numpy()
+        self._each(lambda tracker: tracker.image(step, name, sheet))
 
     def close(self) -> None:
         """Have all write what is not yet written."""

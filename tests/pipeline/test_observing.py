@@ -29,6 +29,17 @@ def test_a_training_is_tracked_and_profiled_and_stays_what_it_is(finished: Rae, 
     rae("verify", "dit/tiny", "-w", rae.workspace).succeeded()
 
 
+def test_a_decoder_in_training_shows_what_it_makes_of_images(finished: Rae, rae_with: Callable[..., Rae]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    rae = rae_with("shards", "latents")
+    rae.verb("train-decoder", "-s", "train_decoder.trackers=[tensorboard]").succeeded()
+    assert rae.payload("decoder") == finished.payload("decoder")
+    (folder,) = (rae.workspace / "runs" / "tensorboard").glob("decoder-tiny-*")
+    shown: Any = accumulator.EventAccumulator(str(folder)).Reload().Images("reconstructions")
+    assert [event.step for event in shown] == [2, 4, 6]  # with each checkpoint
+    assert (shown[0].width, shown[0].height) == (8 * 34 + 2, 2 * 34 + 2)  # eight images, and eight of them made again
+
+
 def test_a_training_shorter_than_its_profile_leaves_what_there_was(rae_with: Callable[..., Rae]) -> None:
     rae = rae_with("shards", "latents")
     rae.verb("train-dit", "--profile", "100").succeeded()

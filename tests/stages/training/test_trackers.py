@@ -16,7 +16,7 @@ from rae.stages.training.trackers import begin_trackers
 from rae.store.errors import ConfigError, MissingInput
 
 SECRET = "cafe0123" * 5
-IMAGE = np.full((8, 8, 3), 200, np.uint8)
+IMAGES = np.full((1, 8, 8, 3), 200, np.uint8)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def follow(name: str, job: Job, after: int, steps: int) -> None:
     log = MetricsLog(job.folder, after, trackers=told)
     for step in range(after + 1, after + steps + 1):
         log.log(step=step, loss=1 / step, skipped="a word")
-    log.trackers.image(after + steps, "samples", IMAGE)
+    log.trackers.images(after + steps, "samples", IMAGES)
     assert log.trackers, "a tracker failed"
     told.close()
 
