@@ -263,7 +263,8 @@ def test_parts_of_a_batch_are_the_batch(step: int) -> None:
     expected, numbers = (learner.step(batch_for(0, 0), step) for learner in (whole, parts))
     assert expected.keys() == numbers.keys()
     for name, value in expected.items():
-        assert float(numbers[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+        # Made images are rounded to 8 bits before they are judged, where a last bit can turn into a level.
+        assert float(numbers[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
     begun = [name for name in ("disc_loss", "d_weight") if float(expected[name])]
     assert begun == ["disc_loss", "d_weight"][:step]
     for ours, theirs in ((parts.model, whole.model), (parts.heads, whole.heads)):
