@@ -47,11 +47,11 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(right[name], tensor) for name, tensor in left.items())
 
 
-def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], relative: float = 1e-5) -> None:
     assert ours.keys() == theirs.keys()
     whole = torch.cat([gradient.flatten() for gradient in theirs.values()]).norm()
     for name, gradient in theirs.items():
-        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * whole, name
+        assert (ours[name] - gradient).norm() <= relative * gradient.norm() + 1e-7 * whole, name
 
 
 def straightforward(section: TrainDecoderSection, batch: Batch) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
@@ -251,8 +251,8 @@ def test_compiled_it_learns_the_same_under_the_same_names() -> None:
     }
 
 
-def gradient_of(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in model.named_parameters()}
 
 
 @pytest.mark.parametrize("step", [0, 2])
@@ -263,12 +263,12 @@ def test_parts_of_a_batch_are_the_batch(step: int) -> None:
     expected, numbers = (learner.step(batch_for(0, 0), step) for learner in (whole, parts))
     assert expected.keys() == numbers.keys()
     for name, value in expected.items():
-        # Made images are rounded to 8 bits before they are judged, where a last bit can turn into a level.
         assert float(numbers[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
     begun = [name for name in ("disc_loss", "d_weight") if float(expected[name])]
     assert begun == ["disc_loss", "d_weight"][:step]
-    for ours, theirs in ((parts.model, whole.model), (parts.heads, whole.heads)):
-        assert_near(*({name: gradient_of(one) for name, one in model.named_parameters()} for model in (ours, theirs)))
+    # Heads see made images rounded to 8 bits, where another last bit can become another level of a pixel.
+    for ours, theirs, relative in ((parts.model, whole.model, 1e-5), (parts.heads, whole.heads, 1e-3)):
+        assert_near(*(gradients_of(model) for model in (ours, theirs)), relative)
     vectors = [dict(learner.heads.named_buffers()) for learner in (parts, whole)]
     assert same(*vectors)
 
