@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rae.stages.job import Job
 from rae.stages.models.diffaug import diff_augment
