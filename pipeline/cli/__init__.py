@@ -196,12 +196,12 @@ def plan_command(
         return
     caching = break_even(pipeline, device if measure else None)
     show_plan(pipeline, [stage.name for stage in pipeline.stages], options, caching)
-    if caching is not None and not as_json:
-        say_break_even(caching, options.console)
     if found := list(problems(pipeline)):
         for problem in found:
             _tell(problem)
         sys.exit(found[0].exit_code)  # as `rae run` would
+    if caching is not None and not as_json:
+        say_break_even(caching, options.console)
 
 
 @app.command("status")

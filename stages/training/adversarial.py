@@ -189,8 +189,19 @@ class AdversarialLearner(Trainee[S]):
         self, clean: Sequence[Tensor], parts: Sequence[S], batch: S, step: int
     ) -> dict[str, float | Tensor]:
         self.disc_optimizer.zero_grad()
-        sums = [self._tell(False, parts, clean), self._tell(True, parts, clean)]
-        numbers = [fake | real for fake, real in zip(*sums, strict=True)]
+        numbers: list[dict[str, Tensor]] = [{} for _ in parts]
+        losses: list[Tensor] = []
+        for real in (False, True):  # made images first: what the last pass sends to other ranks is the sum of both
+            for tokens, part, of_part in zip(clean, parts, numbers, strict=True):
+                # A pass of a batch is one step of the spectral norms' power iteration, as officially: its first part's.
+                self.heads.train(part is parts[0])
+                last = real and part is parts[-1]
+                with averaging(self.judge, last=last):
+                    losses.append(self._tell(real, tokens, part, of_part))
+                    # The halves' gradients all but cancel, so a batch of one part goes backwards once, as officially.
+                    if last or len(parts) > 1:
+                        (sum(losses[1:], losses[0]) / len(parts)).backward()  # type: ignore[no-untyped-call]
+                        losses.clear()
         for part, of_part in zip(parts, numbers, strict=True):
             of_part["disc_loss"] = of_part.pop("loss_real") + of_part.pop("loss_fake")
             finite("discriminator's loss", float(of_part["disc_loss"]), part, step, self.ranks)
@@ -199,23 +210,15 @@ class AdversarialLearner(Trainee[S]):
         norm = descend(self.disc_optimizer, self.heads, rate, 0, check)
         return {**mean_numbers(numbers), "disc_grad_norm": norm}
 
-    def _tell(self, real: bool, parts: Sequence[S], clean: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Add the gradient of the discriminator's loss on real images, or on made ones; returns each part's numbers.
-
-        A pass of a batch is one step of the spectral norms' power iteration, as officially: its first part takes it.
-        """
-        kind, numbers = "real" if real else "fake", []
-        for tokens, part in zip(clean, parts, strict=True):
-            self.heads.train(part is parts[0])
-            images = part.images if real else self._as_file(tokens)
-            # Made images come first: what the last pass sends to other ranks is the sum of both.
-            with averaging(self.judge, last=real and part is parts[-1]):
-                with self.autocast():
-                    logits = self.judge(self._view(images, part.augment_draws[VIEWS.index(kind)]))
-                    loss = discriminator_loss(self.section.disc_loss, logits, real)
-                (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
-            numbers.append({f"loss_{kind}": loss.detach(), f"logits_{kind}": logits.detach().mean()})
-        return numbers
+    def _tell(self, real: bool, tokens: Tensor, part: S, numbers: dict[str, Tensor]) -> Tensor:
+        """The discriminator's loss on real images, or on those made of clean tokens; notes its numbers."""
+        kind = "real" if real else "fake"
+        images = part.images if real else self._as_file(tokens)
+        with self.autocast():
+            logits = self.judge(self._view(images, part.augment_draws[VIEWS.index(kind)]))
+            loss = discriminator_loss(self.section.disc_loss, logits, real)
+        numbers |= {f"loss_{kind}": loss.detach(), f"logits_{kind}": logits.detach().mean()}
+        return loss
 
     def _as_file(self, tokens: Tensor) -> Tensor:
         """Images made of clean tokens, as they would be read from a file."""
