@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   install into .venv and run the whole pipeline on handwritten digits"
 	@echo "make experiments  the experiments of configs/experiments at CPU size, each with its verdicts; resumable"
 	@echo "make test         install into .venv and run linters, type checks and tests"
-	@echo "make test-faults  twenty or thirty kills, stops and full disks of each kind, where 'make test' runs three"
+	@echo "make test-faults  twenty or thirty kills, stops and full disks of each kind, where 'make test' runs three; and the slow tests"
 	@echo "make clean        remove .venv; the workspace stays"
 
 quickstart: .venv/installed
@@ -27,7 +27,7 @@ test: .venv/installed-test
 	$(MAKE) check
 
 check: lint
-	.venv/bin/pytest -n logical --maxprocesses 8 --dist worksteal
+	.venv/bin/pytest -m "not slow" -n logical --maxprocesses 8 --dist worksteal
 
 lint:
 	.venv/bin/ruff check .
@@ -38,6 +38,7 @@ lint:
 
 test-faults: .venv/installed-test
 	RAE_FAULTS=all .venv/bin/pytest --timeout 0 tests/faults
+	.venv/bin/pytest -m slow
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

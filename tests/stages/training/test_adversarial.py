@@ -273,6 +273,7 @@ def test_parts_of_a_batch_are_the_batch(step: int) -> None:
     assert same(*vectors)
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_and_parts_is_one_process(tmp_path: Path) -> None:
     script = str(Path(__file__).with_name("gan_ranks.py"))
     scales = {"one": (1, 1), "two": (2, 1), "accumulated": (2, 2), "four": (4, 1)}
