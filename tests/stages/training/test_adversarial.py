@@ -47,11 +47,11 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(right[name], tensor) for name, tensor in left.items())
 
 
-def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], relative: float = 1e-5) -> None:
+def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     whole = torch.cat([gradient.flatten() for gradient in theirs.values()]).norm()
     for name, gradient in theirs.items():
-        assert (ours[name] - gradient).norm() <= relative * gradient.norm() + 1e-7 * whole, name
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7 * whole, name
 
 
 def straightforward(section: TrainDecoderSection, batch: Batch) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
@@ -260,20 +260,19 @@ def test_parts_of_a_batch_are_the_batch(step: int) -> None:
     """The adaptive weight and the spectral norms are those of the whole batch."""
     section = SECTION.model_copy(update={"clip_grad": 0.0})
     whole, parts = learner_of(section), learner_of(section.model_copy(update={"grad_accum_steps": 2}))
-    expected, numbers = (learner.step(batch_for(0, 0), step) for learner in (whole, parts))
+    # An epoch in which no pixel of a made image lies on the edge of two 8-bit levels, where a last bit would tip it.
+    expected, numbers = (learner.step(batch_for(1, 0), step) for learner in (whole, parts))
     assert expected.keys() == numbers.keys()
     for name, value in expected.items():
-        assert float(numbers[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+        assert float(numbers[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
     begun = [name for name in ("disc_loss", "d_weight") if float(expected[name])]
     assert begun == ["disc_loss", "d_weight"][:step]
-    # Heads see made images rounded to 8 bits, where another last bit can become another level of a pixel.
-    for ours, theirs, relative in ((parts.model, whole.model, 1e-5), (parts.heads, whole.heads, 1e-3)):
-        assert_near(*(gradients_of(model) for model in (ours, theirs)), relative)
+    for ours, theirs in ((parts.model, whole.model), (parts.heads, whole.heads)):
+        assert_near(gradients_of(ours), gradients_of(theirs))
     vectors = [dict(learner.heads.named_buffers()) for learner in (parts, whole)]
     assert same(*vectors)
 
 
-@pytest.mark.slow
 def test_any_number_of_ranks_and_parts_is_one_process(tmp_path: Path) -> None:
     script = str(Path(__file__).with_name("gan_ranks.py"))
     scales = {"one": (1, 1), "two": (2, 1), "accumulated": (2, 2), "four": (4, 1)}
